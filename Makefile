@@ -1,0 +1,63 @@
+.DEFAULT_GOAL := help
+.PHONY: setup train compare eval base test test-slow lint check clean help
+
+PYTHON ?= python3
+NPROC ?= 1
+CKPT ?= $(if $(EXP),runs/$(notdir $(EXP)))
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+CONFIG = experiments/$(EXP).yaml
+VARIANTS = $(wildcard experiments/$(EXP)_vanilla.yaml experiments/$(EXP)_cluster.yaml)
+EXPERIMENTS = $(patsubst experiments/%.yaml,%,$(shell find experiments -name '*.yaml' | sort))
+
+# torch first, so that the package's other requirements are resolved against the version that is wanted.
+$(INSTALLED): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install torch==2.13.0
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+setup: $(INSTALLED) ## Make .venv with the package in it; the other targets do this the first time
+
+train: require-experiment $(INSTALLED) ## Train: make train EXP=psoups [NPROC=2] [ARGS="train.lr=1e-4 name=mine"]
+ifeq ($(NPROC),1)
+	$(BIN)/prlhf train $(CONFIG) $(ARGS)
+else
+	$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m prlhf.engine.launch $(CONFIG) $(ARGS)
+endif
+
+compare: require-experiment $(INSTALLED) ## Train what is missing of an experiment and its variants, then tabulate: EXP=psoups
+	$(BIN)/prlhf compare $(CONFIG) $(VARIANTS) $(ARGS)
+
+eval: $(INSTALLED) ## Evaluate a run again: make eval EXP=psoups, or CKPT=a run or checkpoint [ARGS="--data DIR"]
+	$(if $(CKPT),,$(error eval: give EXP=psoups for runs/psoups, or CKPT=DIR))
+	$(BIN)/prlhf eval $(CKPT) $(ARGS)
+
+base: $(INSTALLED) ## Pretrain the built-in model again and write it into the package (about 25 minutes)
+	$(BIN)/prlhf train experiments/builtin_base.yaml
+	$(BIN)/python -m prlhf.engine.write_builtin runs/builtin_base --out runs/builtin_base/model
+	$(BIN)/prlhf train experiments/builtin_base_second.yaml
+	$(BIN)/python -m prlhf.engine.write_builtin runs/builtin_base_second
+
+test: $(INSTALLED) ## Run the tests, without the slow ones [ARGS="-k name"]
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(INSTALLED) ## Run the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(INSTALLED) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test ## What a change must pass: lint and test
+
+clean: ## Remove caches and build output; runs and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find prlhf tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: require-experiment
+require-experiment:
+	$(if $(wildcard $(CONFIG)),,$(error EXP='$(EXP)' is not an experiment, expected one of: $(EXPERIMENTS)))

@@ -1,0 +1,254 @@
+"""The command `prlhf`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prlhf.engine.launch import add_train_arguments, configure_logging, report_errors, run_training
+from prlhf.errors import ConfigError, DataError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code: 0 done, 1 unexpected, 2 bad input, 3 no valid checkpoint, 75 stopped by a signal."""
+    configure_logging()
+    args = parse_arguments(argv)
+    return report_errors(args.run, args)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="prlhf", description="One language model that answers every user in that user's way."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, evaluate and print the table")
+    add_train_arguments(train)
+    train.set_defaults(run=run_training)
+
+    evaluate = commands.add_parser("eval", help="evaluate a run or checkpoint again, also on other data")
+    evaluate.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run or checkpoint directory")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="eval.* keys, such as eval.temperature=1.0")
+    evaluate.add_argument("--data", metavar="SOURCE", help="a prepared directory, a .jsonl file or builtin:NAME")
+    evaluate.add_argument("--out", metavar="FILE", type=Path, help="also write the figures as JSON")
+    evaluate.set_defaults(run=_eval)
+
+    compare = commands.add_parser("compare", help="tabulate runs; YAML files are trained first where needed")
+    compare.add_argument("runs_or_configs", nargs="+", metavar="RUN|CONFIG|key=value")
+    compare.add_argument("--runs", default="runs", metavar="DIR", help="folder of run directories (default: runs)")
+    compare.set_defaults(run=_compare, overrides=[])
+
+    _add_generation_commands(commands)
+    _add_data_commands(commands)
+    commands.add_parser("env", help="print versions and hardware").set_defaults(run=_env)
+    return parser
+
+
+def _add_generation_commands(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="answer a file of prompts for chosen users")
+    generate.add_argument("checkpoint", metavar="CKPT", type=Path)
+    generate.add_argument(
+        "--prompts", required=True, type=Path, metavar="F", help='.txt (one a line) or .jsonl with "prompt"'
+    )
+    generate.add_argument(
+        "--users", default="all", metavar="a,b|all|generic", help="who is answered (default: all known users)"
+    )
+    generate.add_argument("--out", required=True, type=Path, metavar="F", help="JSONL: user_id, prompt, response")
+    chat = commands.add_parser("chat", help="talk to the model as one user")
+    chat.add_argument("checkpoint", metavar="CKPT", type=Path)
+    chat.add_argument("--user", default="generic", metavar="ID")
+    for command in (generate, chat):
+        command.add_argument("--temperature", type=float, default=0.7)
+        command.add_argument("--top-p", type=float, default=1.0)
+        command.add_argument("--max-new-tokens", type=int, default=160)
+        command.add_argument("--repetition-penalty", type=float, default=1.0)
+        command.add_argument("--no-repeat-ngram-size", type=int, default=0)
+        command.add_argument("--seed", type=int, default=123)
+    generate.set_defaults(run=_generate)
+    chat.set_defaults(run=_chat)
+
+
+def _add_data_commands(commands: Any) -> None:
+    data = commands.add_parser("data", help="prepare and check data").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    from prlhf.data.prepare import add_prepare_arguments, run_prepare
+
+    prepare = data.add_parser("prepare", help="raw files to a prepared directory")
+    add_prepare_arguments(prepare)
+    prepare.set_defaults(run=run_prepare)
+    check = data.add_parser(
+        "check", help="rendered rows, masks, lengths, users, duplicates, leaks, length-only baseline"
+    )
+    check.add_argument(
+        "target", metavar="DIR|CONFIG", help="a prepared directory, a .jsonl file, builtin:NAME or a YAML file"
+    )
+    check.add_argument("overrides", nargs="*", metavar="key=value")
+    check.set_defaults(run=_check_data)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed command line; key=value arguments may stand anywhere, also behind options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(item.startswith("-") or "=" not in item for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from prlhf.engine.evaluate import evaluate_checkpoint
+    from prlhf.evaluation.report import format_figures
+    from prlhf.files import write_json_atomic
+
+    figures = evaluate_checkpoint(args.checkpoint, source=args.data, overrides=args.overrides)
+    sys.stdout.write(format_figures(figures) + "\n")
+    if args.out is not None:
+        write_json_atomic(args.out, figures)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from prlhf.engine.evaluate import compare_runs
+
+    overrides = [*(item for item in args.runs_or_configs if "=" in item), *args.overrides]
+    targets = [item for item in args.runs_or_configs if "=" not in item]
+    sys.stdout.write(compare_runs(targets, overrides, runs=Path(args.runs)))
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from prlhf.data.jsonl import write_jsonl
+    from prlhf.data.records import prompt_record
+    from prlhf.evaluation.samples import user_indices
+    from prlhf.generation import generate
+    from prlhf.models import load_policy
+
+    prompts = _read_prompts(args.prompts)
+    policy = load_policy(args.checkpoint)
+    known = list(policy.users.user_ids) if policy.users else ["generic"]
+    users = _known_users(known if args.users == "all" else args.users.split(","), policy)
+    pairs = [(user, prompt) for user in users for prompt in prompts]
+    answers = generate(
+        policy,
+        [prompt for _, prompt in pairs],
+        user_indices(policy, [user for user, _ in pairs]),
+        options=_sampling(args),
+    )
+    write_jsonl(
+        args.out,
+        [
+            {"user_id": user, "prompt": prompt_record(prompt), "response": answer}
+            for (user, prompt), answer in zip(pairs, answers, strict=True)
+        ],
+    )
+    return 0
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from prlhf.data.records import Message
+    from prlhf.evaluation.samples import user_indices
+    from prlhf.generation import generate
+    from prlhf.models import load_policy
+
+    policy = load_policy(args.checkpoint)
+    user_ids = user_indices(policy, _known_users([args.user], policy))
+    history: list[Message] = []
+    while True:
+        sys.stdout.write(f"{args.user}> ")
+        sys.stdout.flush()
+        line = sys.stdin.readline()
+        if not line:
+            sys.stdout.write("\n")
+            return 0
+        if not line.strip():
+            continue
+        if policy.tokenizer.chat_template:
+            history.append(Message("user", line.strip()))
+        answer = generate(policy, [tuple(history) or line.strip()], user_ids, options=_sampling(args))[0]
+        if history:
+            history.append(Message("assistant", answer))
+        sys.stdout.write(answer + "\n")
+
+
+def _sampling(args: argparse.Namespace) -> Any:
+    from prlhf.generation import SamplingOptions
+
+    wrong = []
+    if args.temperature < 0:
+        wrong.append(f"--temperature: got {args.temperature}, expected 0 (greedy) or more")
+    if not 0 < args.top_p <= 1:
+        wrong.append(f"--top-p: got {args.top_p}, expected above 0 and at most 1")
+    if args.max_new_tokens < 1:
+        wrong.append(f"--max-new-tokens: got {args.max_new_tokens}, expected at least 1")
+    if wrong:
+        raise ConfigError(*wrong)
+    return SamplingOptions(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        repetition_penalty=args.repetition_penalty,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+    )
+
+
+def _known_users(users: list[str], policy: Any) -> list[str]:
+    """The same users; "generic" is the generic one.
+
+    Raises: DataError: each unknown id.
+    """
+    messages = []
+    for user in users:
+        if user != "generic" and user not in policy.users:
+            try:
+                policy.users.index(user)
+            except DataError as error:
+                messages += error.messages
+    if messages:
+        raise DataError(*(f"{message}; give known users, all or generic" for message in messages))
+    return users
+
+
+def _read_prompts(path: Path) -> list[Any]:
+    """Prompts of a .txt or .jsonl file."""
+    from prlhf.data.jsonl import read_jsonl
+    from prlhf.data.records import response_row
+
+    if path.suffix == ".jsonl":
+        prompts: list[Any] = []
+        for number, record in read_jsonl(path):
+            if not record.get("prompt"):
+                raise DataError(f'{path}:{number}: no "prompt"; expected {{"prompt": "..."}}')
+            prompts.append(response_row({"prompt": record["prompt"], "response": ""}, f"{path}:{number}").prompt)
+    else:
+        try:
+            prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{path}: cannot be read ({error}); give a UTF-8 text file with one prompt a line"
+            ) from None
+    if not prompts:
+        raise DataError(f"{path}: holds no prompt; write one a line")
+    return prompts
+
+
+def _check_data(args: argparse.Namespace) -> int:
+    from prlhf.engine.check_data import check_data
+
+    sys.stdout.write(check_data(args.target, args.overrides))
+    return 0
+
+
+def _env(args: argparse.Namespace) -> int:
+    from prlhf.engine.run_dir import describe_environment
+
+    sys.stdout.write(json.dumps(describe_environment(), indent=2) + "\n")
+    return 0

@@ -1,0 +1,332 @@
+"""The configuration of a run: one schema, read strictly, every error at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prlhf.errors import ConfigError
+from prlhf.schema import Problem, join_keys, read_dataclass, show
+from prlhf.yaml_strict import MAX_BYTES, dump_yaml, load_value, load_yaml
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the rows come from and how long they may be.
+
+    `source` is `builtin:NAME`, a prepared directory, or one .jsonl file. `seed` draws a built-in world and the split
+    of a single file; `eval_prompts` and `unseen_users` are that split's shares. The user tokens count in `max_tokens`.
+    """
+
+    source: str = "builtin:psoups"
+    max_tokens: int = 1024
+    max_prompt_tokens: int = 512
+    on_bad_row: Literal["error", "skip"] = "error"
+    eval_prompts: float = 0.1
+    unseen_users: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters; `targets: auto` is every linear layer inside the transformer blocks."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: Literal["auto"] | tuple[str, ...] = "auto"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone (`builtin:tiny`, a path or a hub id); `lora: null` trains all of it.
+
+    `reference: precomputed` scores every training row once before the first step; `live` scores in each step (with
+    LoRA the adapters are switched off, else a frozen copy is kept in memory).
+    """
+
+    backbone: str = "builtin:tiny"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    gradient_checkpointing: bool = False
+    reference: Literal["precomputed", "live"] = "precomputed"
+
+
+@dataclass(frozen=True)
+class UserConfig:
+    """The user model; `num_clusters` is read for `cluster`, `init_range` for `init: uniform`."""
+
+    kind: Literal["none", "uniform", "individual", "cluster"] = "individual"
+    num_user_tokens: int = 10
+    num_clusters: int = 6
+    init: Literal["vocabulary", "uniform"] = "vocabulary"
+    init_range: float = 0.5
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The preference loss; `alpha` weighs the individual term, `sft_weight` the chosen response's NLL per token."""
+
+    kind: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: float = 0.1
+    alpha: float = 0.5
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation; `batch_rows` is global, `microbatch_tokens` bounds the padded size of one rank's forward pass.
+
+    `user_lr` is the rate of the user embeddings, `cluster_lr` that of the cluster weights. `max_steps: null` trains
+    `epochs` epochs; the run stops after `max_skipped_steps` non-finite steps in a row.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_rows: int = 16
+    microbatch_tokens: int = 8192
+    lr: float = 5e-5
+    user_lr: float = 1e-3
+    cluster_lr: float = 1e-2
+    weight_decay: float = 0.0
+    warmup_steps: int = 150
+    max_grad_norm: float = 1.0
+    max_skipped_steps: int = 10
+    precision: Literal["fp32", "bf16"] = "fp32"
+    parallel: Literal["ddp"] = "ddp"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    num_threads: int | None = None
+    log_every: int = 10
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation; `every_steps: 0` leaves the final one, whose `generate` is held-out prompts a user (0: none).
+
+    `rows` caps the evaluations during training.
+    """
+
+    every_steps: int = 0
+    rows: int | None = None
+    generate: int = 0
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_new_tokens: int = 160
+    batch_rows: int = 32
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints; the last step is always saved, `every_steps: 0` saves no other."""
+
+    every_steps: int = 100
+    keep_last: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run; `name` is the run directory's name."""
+
+    name: str = "run"
+    seed: int = 123
+    method: Literal["sft", "dpo", "pdpo"] = "pdpo"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    user: UserConfig = field(default_factory=UserConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+_Limit = tuple[Callable[[Any], bool], str]
+_ABOVE_ZERO: _Limit = (lambda value: value > 0, "a number above 0")
+_NOT_NEGATIVE: _Limit = (lambda value: value >= 0, "0 or more")
+_AT_LEAST_ONE: _Limit = (lambda value: value >= 1, "1 or more")
+_SHARE: _Limit = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
+_SHARE_BELOW_ONE: _Limit = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+_LIMITS: dict[str, _Limit] = {
+    "name": (lambda value: bool(_NAME.fullmatch(value)), "up to 100 letters, digits, '.', '_' or '-', no '.' first"),
+    "seed": _NOT_NEGATIVE,
+    "data.source": (bool, "builtin:NAME, a directory or a .jsonl file"),
+    "data.max_tokens": _AT_LEAST_ONE,
+    "data.max_prompt_tokens": _AT_LEAST_ONE,
+    "data.eval_prompts": _SHARE_BELOW_ONE,
+    "data.unseen_users": _SHARE_BELOW_ONE,
+    "data.seed": _NOT_NEGATIVE,
+    "model.backbone": (bool, "builtin:tiny, a path or a hub id"),
+    "model.lora.rank": _AT_LEAST_ONE,
+    "model.lora.alpha": _ABOVE_ZERO,
+    "model.lora.dropout": _SHARE_BELOW_ONE,
+    "model.lora.targets": (lambda value: len(value) > 0 and all(value), "auto or a list of layer names"),
+    "user.num_user_tokens": _AT_LEAST_ONE,
+    "user.num_clusters": (lambda value: value >= 2, "2 or more"),
+    "user.init_range": _ABOVE_ZERO,
+    "loss.beta": _ABOVE_ZERO,
+    "loss.alpha": _SHARE,
+    "loss.label_smoothing": (lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
+    "loss.sft_weight": _NOT_NEGATIVE,
+    "train.epochs": _AT_LEAST_ONE,
+    "train.max_steps": _AT_LEAST_ONE,
+    "train.batch_rows": _AT_LEAST_ONE,
+    "train.microbatch_tokens": _AT_LEAST_ONE,
+    "train.lr": _NOT_NEGATIVE,
+    "train.user_lr": _NOT_NEGATIVE,
+    "train.cluster_lr": _NOT_NEGATIVE,
+    "train.weight_decay": _NOT_NEGATIVE,
+    "train.warmup_steps": _NOT_NEGATIVE,
+    "train.max_grad_norm": _ABOVE_ZERO,
+    "train.max_skipped_steps": _AT_LEAST_ONE,
+    "train.num_threads": _AT_LEAST_ONE,
+    "train.log_every": _AT_LEAST_ONE,
+    "eval.every_steps": _NOT_NEGATIVE,
+    "eval.rows": _AT_LEAST_ONE,
+    "eval.generate": _NOT_NEGATIVE,
+    "eval.temperature": _NOT_NEGATIVE,
+    "eval.top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
+    "eval.max_new_tokens": _AT_LEAST_ONE,
+    "eval.batch_rows": _AT_LEAST_ONE,
+    "checkpoint.every_steps": _NOT_NEGATIVE,
+    "checkpoint.keep_last": _AT_LEAST_ONE,
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file with `key.path=value` overrides on top.
+
+    Raises: ConfigError: one message for each wrong key, value or combination.
+    """
+    where = str(path)
+    data = load_yaml(_read_text(Path(path)), where)
+    problems: list[Problem] = []
+    origins: dict[str, str] = {}
+    if isinstance(data, dict):
+        for override in overrides:
+            _apply_override_(data, override, origins, problems)
+    return _build_config(data, where, origins, problems)
+
+
+def config_from_dict(data: Any, where: str) -> Config:
+    """The configuration in a nested dict; absent keys take their defaults.
+
+    Args:
+        where: what the dict is called in errors.
+    Raises: ConfigError: one message for each wrong key, value or combination.
+    """
+    return _build_config(data, where, {}, [])
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts, lists and scalars, fit for JSON; `config_from_dict` reads it back."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def dump_config(config: Config) -> str:
+    """The whole configuration as YAML, defaults included."""
+    return dump_yaml(config_to_dict(config))
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Dotted keys whose values differ, in the schema's order; a section that appears or goes is one key."""
+    return _changed(config_to_dict(old), config_to_dict(new), "")
+
+
+def _changed(old: Any, new: Any, key: str) -> list[str]:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [key] if old != new else []
+    return [name for part in old for name in _changed(old[part], new[part], join_keys(key, part))]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1).decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected a YAML file such as experiments/psoups.yaml") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8 text") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _apply_override_(data: dict[str, Any], override: str, origins: dict[str, str], problems: list[Problem]) -> None:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    where = f"override {override!r}"
+    if not equals or not all(key.split(".")):
+        problems.append(Problem((where,), "expected key=value, such as train.lr=1e-4"))
+        return
+    if key in origins:
+        problems.append(Problem((key,), f"given twice, as {origins[key]} and {where}; keep one of them"))
+        return
+    origins[key] = where
+    *sections, name = key.split(".")
+    holder: Any = data
+    for section in sections:
+        if holder.get(section) is None:
+            holder[section] = {}
+        holder = holder[section]
+        if not isinstance(holder, dict):
+            return
+    try:
+        holder[name] = load_value(text, where)
+    except ConfigError as error:
+        problems.extend(Problem((key,), message.removeprefix(f"{where}:").strip()) for message in error.messages)
+
+
+def _build_config(data: Any, where: str, origins: dict[str, str], problems: list[Problem]) -> Config:
+    config = read_dataclass(Config, data, problems)
+    broken = {key for problem in problems for key in problem.keys}
+    for problem in (*_out_of_range(config), *_contradictions(config)):
+        if not any(key == bad or key.startswith(f"{bad}.") for key in problem.keys for bad in broken):
+            problems.append(problem)
+    if problems:
+        raise ConfigError(*(_message(problem, where, origins) for problem in problems))
+    return config
+
+
+def _message(problem: Problem, where: str, origins: dict[str, str]) -> str:
+    key = problem.keys[0]
+    if key.startswith("override "):
+        return f"{key}: {problem.text}"
+    origin = next((origin for name, origin in origins.items() if key == name or key.startswith(f"{name}.")), where)
+    return f"{origin}: {key}: {problem.text}" if key else f"{origin}: {problem.text}"
+
+
+def _out_of_range(config: Config) -> Iterator[Problem]:
+    for key, (holds, expected) in _LIMITS.items():
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        if value is not None and not holds(value):
+            yield Problem((key,), f"got {show(value)}, expected {expected}")
+
+
+def _contradictions(config: Config) -> Iterator[Problem]:
+    """Settings that are fine alone and not together; the first key is the one to change."""
+    data, user, loss = config.data, config.user, config.loss
+    if config.method == "pdpo" and user.kind == "none":
+        yield Problem(("user.kind", "method"), "got none with method pdpo, expected uniform, individual or cluster")
+    if config.method != "pdpo" and user.kind != "none":
+        yield Problem(("user.kind", "method"), f"got {user.kind} with method {config.method}, expected none")
+    if loss.kind != "sigmoid" and loss.label_smoothing != 0:
+        text = f"got {loss.label_smoothing} with loss.kind {loss.kind}, expected 0: only sigmoid is smoothed"
+        yield Problem(("loss.label_smoothing", "loss.kind"), text)
+    user_tokens = 0 if user.kind == "none" else user.num_user_tokens
+    if data.max_prompt_tokens + user_tokens >= data.max_tokens:
+        text = f"got {data.max_prompt_tokens} and {user_tokens} user tokens, expected room for a response in "
+        text += f"data.max_tokens, which is {data.max_tokens}"
+        yield Problem(("data.max_prompt_tokens", "data.max_tokens", "user.num_user_tokens", "user.kind"), text)

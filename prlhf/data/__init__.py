@@ -1,0 +1,1 @@
+"""Preference data: rows, readers of raw formats, preparation, tokens, batches."""

@@ -1,0 +1,80 @@
+"""Which preference rows cannot be used, and which contradict each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from prlhf.data.quoting import quote
+from prlhf.data.records import PreferenceRow, Prompt, pair_content
+
+MAX_MESSAGES = 10
+
+
+def unusable_reason(row: PreferenceRow) -> str | None:
+    """Why nothing can be learned from a row, or None."""
+    if not (row.prompt.strip() if isinstance(row.prompt, str) else row.prompt):
+        return "empty_prompt"
+    if not row.chosen.strip() or not row.rejected.strip():
+        return "empty_response"
+    if row.chosen == row.rejected:
+        return "equal_responses"
+    return None
+
+
+def clean_rows(rows: Sequence[PreferenceRow]) -> tuple[list[PreferenceRow], dict[str, int]]:
+    """Leave out unusable rows and repetitions of a row: same user, prompt, chosen and rejected.
+
+    A user who judged a pair both ways contradicts himself; both rows stay.
+
+    Returns: (rows that stay, reason -> number of rows left out).
+    """
+    kept: list[PreferenceRow] = []
+    dropped: Counter[str] = Counter()
+    seen: set[tuple[str, Prompt, str, str]] = set()
+    for row in rows:
+        judgment = (row.user_id, row.prompt, row.chosen, row.rejected)
+        reason = unusable_reason(row) or ("duplicate" if judgment in seen else None)
+        if reason:
+            dropped[reason] += 1
+        else:
+            seen.add(judgment)
+            kept.append(row)
+    return kept, dict(dropped)
+
+
+def pair_id_conflicts(located: Iterable[tuple[str, PreferenceRow]]) -> list[str]:
+    """One line for each use of a pair_id for another prompt or other responses than before.
+
+    Args:
+        located: ("file:line", row).
+    """
+    first: dict[str, tuple[str, object]] = {}
+    conflicts = []
+    for where, row in located:
+        first_where, content = first.setdefault(row.pair_id, (where, pair_content(row)))
+        if content != pair_content(row):
+            conflicts.append(f"{where}: pair_id {quote(row.pair_id)} names another prompt or other responses than at "
+                             f"{first_where}; give different pairs different ids")
+    return _at_most(conflicts)
+
+
+def shared_pairs(
+    first: Iterable[tuple[str, PreferenceRow]], second: Iterable[tuple[str, PreferenceRow]]
+) -> list[str]:
+    """One line for each row of the second part whose pair the first part holds, whoever judged it."""
+    known: dict[object, str] = {}
+    for where, row in first:
+        known.setdefault(pair_content(row), where)
+    shared = [
+        f"{where}: the same prompt and responses as {known[pair_content(row)]}; a pair belongs to one split only"
+        for where, row in second
+        if pair_content(row) in known
+    ]
+    return _at_most(shared)
+
+
+def _at_most(messages: list[str]) -> list[str]:
+    if len(messages) <= MAX_MESSAGES:
+        return messages
+    return [*messages[:MAX_MESSAGES], f"and {len(messages) - MAX_MESSAGES} more like these"]

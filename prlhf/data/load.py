@@ -1,0 +1,124 @@
+"""Data sources: a built-in world, a prepared directory, or one file."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from prlhf.data.clean import pair_id_conflicts
+from prlhf.data.jsonl import OnBadRow, read_rows
+from prlhf.data.prepared import clean_and_warn, load_prepared, read_preferences
+from prlhf.data.records import PreferenceData, PreferenceRow, ResponseRow, preference_row, response_row
+from prlhf.data.splits import split_preferences, split_responses
+from prlhf.errors import DataError
+
+BUILTIN_PSOUPS = "builtin:psoups"
+BUILTIN_TEXT = "builtin:text"
+BUILTIN_TEXT_SECOND = "builtin:text2"
+logger = logging.getLogger(__name__)
+
+
+def load_preference_data(
+    source: str, *, seed: int, eval_prompts: float, unseen_users: float, on_bad_row: OnBadRow = "error"
+) -> PreferenceData:
+    """Load preference rows.
+
+    Args:
+        source: "builtin:psoups", a prepared directory, or one .jsonl file, which is split in memory and says so.
+        seed: of a built-in world, or of the split of a single file.
+        eval_prompts: share of a single file's prompts held out.
+        unseen_users: share of a single file's users held out.
+        on_bad_row: "error", or "skip" to pass over at most 1% of bad rows.
+    Raises: DataError: no such source, or bad data; file and line are named.
+    """
+    if source == BUILTIN_PSOUPS:
+        from prlhf.data.world.psoups import build_psoups
+
+        return build_psoups(seed)
+    path = _existing(source, (BUILTIN_PSOUPS,))
+    if path.is_dir():
+        return load_prepared(path, on_bad_row=on_bad_row)
+    located = read_preferences(path, on_bad_row)
+    conflicts = pair_id_conflicts(located)
+    if conflicts:
+        raise DataError(*conflicts)
+    rows = clean_and_warn(path, located)
+    if not rows:
+        raise DataError(f"{path}: no usable rows; training needs at least one")
+    return _split(rows, str(path), seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users)
+
+
+def load_response_rows(
+    source: str, *, seed: int, eval_prompts: float, unseen_users: float = 0.0, on_bad_row: OnBadRow = "error"
+) -> tuple[list[ResponseRow], list[ResponseRow]]:
+    """Load (train, dev) rows for sft: {"text"}, {"prompt", "response"}, or the chosen responses of preference rows.
+
+    A single file of preference rows is split as for preference training, so that prompts held out there stay unknown
+    here; a file of other rows gives 5% of its prompts to dev.
+
+    Args:
+        source: "builtin:text", "builtin:text2" (its second stage), "builtin:psoups", a directory with train.jsonl (and
+            dev.jsonl), or one .jsonl file.
+        seed: see load_preference_data, as for the others.
+    Raises: DataError: no such source, or bad data; file and line are named.
+    """
+    if source in (BUILTIN_TEXT, BUILTIN_TEXT_SECOND):
+        from prlhf.data.world.text import build_text
+
+        return build_text(seed, second_stage=source == BUILTIN_TEXT_SECOND)
+    if source == BUILTIN_PSOUPS:
+        return _chosen(load_preference_data(source, seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users))
+    path = _existing(source, (BUILTIN_TEXT, BUILTIN_TEXT_SECOND, BUILTIN_PSOUPS))
+    if path.is_dir():
+        train, dev = path / "train.jsonl", path / "dev.jsonl"
+        if not train.is_file():
+            raise DataError(f"{path}: no train.jsonl; give a directory with one, or a .jsonl file")
+        return _responses(train, on_bad_row), _responses(dev, on_bad_row) if dev.exists() else []
+    rows = [row for _, row in read_rows(path, _preference_or_response, on_bad_row=on_bad_row)]
+    preferences = [row for row in rows if isinstance(row, PreferenceRow)]
+    if not rows:
+        raise DataError(f"{path}: no rows; training needs at least one")
+    if not preferences:
+        return split_responses([row for row in rows if isinstance(row, ResponseRow)], seed=seed)
+    if len(preferences) < len(rows):
+        raise DataError(f"{path}: {len(preferences)} of {len(rows)} rows are preferences; "
+                        "keep rows of one kind in a file")
+    return _chosen(_split(preferences, str(path), seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users))
+
+
+def _existing(source: str, builtin: tuple[str, ...]) -> Path:
+    path = Path(source).expanduser()
+    if source.startswith("builtin:") or not path.exists():
+        raise DataError(f"data.source {source!r}: no such file, directory or built-in data set; "
+                        f"give a path or one of {', '.join(builtin)}")
+    return path
+
+
+def _split(
+    rows: list[PreferenceRow], source: str, *, seed: int, eval_prompts: float, unseen_users: float
+) -> PreferenceData:
+    split = split_preferences(rows, source=source, seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users)
+    data = split.data
+    logger.info(
+        "%s: split in memory by prompt and user (seed %d): train %d, dev %d, eval_seen %d, eval_unseen %d, left out %d",
+        source, seed, len(data.train), len(data.dev), len(data.eval_seen), len(data.eval_unseen), split.num_left_out,
+    )
+    return data
+
+
+def _responses(path: Path, on_bad_row: OnBadRow) -> list[ResponseRow]:
+    return [row for _, row in read_rows(path, response_row, on_bad_row=on_bad_row)]
+
+
+def _preference_or_response(record: dict[str, Any], where: str) -> PreferenceRow | ResponseRow:
+    if "chosen" in record and "user_id" in record:
+        return preference_row(record, where)
+    return response_row(record, where)
+
+
+def _chosen(data: PreferenceData) -> tuple[list[ResponseRow], list[ResponseRow]]:
+    def responses(rows: list[PreferenceRow]) -> list[ResponseRow]:
+        return [ResponseRow(row.prompt, row.chosen, row.user_text) for row in rows]
+
+    return responses(data.train), responses(data.dev)

@@ -1,0 +1,200 @@
+"""The prepared data directory: train, dev, eval_seen, eval_unseen as JSON Lines, and optionally users.json."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from prlhf.data.clean import clean_rows, pair_id_conflicts, shared_pairs
+from prlhf.data.jsonl import OnBadRow, read_json_object, read_rows, write_jsonl
+from prlhf.data.quoting import quote
+from prlhf.data.records import PREFERENCE_FIELDS, PreferenceData, PreferenceRow, preference_row, record_from_row
+from prlhf.errors import DataError
+
+SPLITS = ("train", "dev", "eval_seen", "eval_unseen")
+USERS_FILE = "users.json"
+logger = logging.getLogger(__name__)
+
+Located = list[tuple[str, PreferenceRow]]
+
+
+@dataclass(frozen=True)
+class PreparedSummary:
+    """What was written, and what was left out.
+
+    Args:
+        num_rows: split -> rows.
+        left_out: reason -> rows of the raw data.
+    """
+
+    directory: Path
+    num_rows: Mapping[str, int]
+    num_users: int
+    left_out: Mapping[str, int]
+
+    def __str__(self) -> str:
+        splits = ", ".join(f"{name} {count}" for name, count in self.num_rows.items())
+        left_out = ", ".join(f"{reason} {count}" for reason, count in sorted(self.left_out.items())) or "nothing"
+        return f"{self.directory}: rows: {splits}; users in training: {self.num_users}; left out: {left_out}"
+
+
+def write_prepared(
+    directory: Path, data: PreferenceData, *, force: bool = False, left_out: Mapping[str, int] | None = None
+) -> PreparedSummary:
+    """Write a prepared directory atomically: it appears whole or not at all.
+
+    Args:
+        force: replace an earlier prepared directory; anything else that is not empty is refused all the same.
+        left_out: for the summary.
+    Raises: DataError: the directory exists and is not empty, or cannot be written.
+    """
+    directory = directory.expanduser().resolve()
+    check_writable(directory, force=force)
+    temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
+    replaced = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        for name in SPLITS:
+            write_jsonl(temporary / f"{name}.jsonl", (record_from_row(row) for row in getattr(data, name)))
+        if data.declared_users is not None:
+            write_jsonl(temporary / USERS_FILE, [_declared(data, data.declared_users)])
+        if directory.exists():
+            directory.rename(replaced)
+        temporary.rename(directory)
+    except OSError as error:
+        raise DataError(f"{directory}: cannot be written ({error.strerror}); "
+                        "free space or choose another --out") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if replaced.exists() and not directory.exists():
+            replaced.rename(directory)
+        shutil.rmtree(replaced, ignore_errors=True)
+    num_rows = {name: len(getattr(data, name)) for name in SPLITS}
+    return PreparedSummary(directory, num_rows, len(data.user_ids()), dict(left_out or {}))
+
+
+def check_writable(directory: Path, *, force: bool) -> None:
+    """Refuse, before any work, an output directory that holds something.
+
+    Raises: DataError: it is a file, or not empty and not an earlier prepared directory that `force` may replace.
+    """
+    directory = directory.expanduser().resolve()
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    if not directory.is_dir():
+        raise DataError(f"{directory}: is a file; --out names a directory")
+    names = {path.name for path in directory.iterdir()}
+    if not names <= {USERS_FILE, *(f"{name}.jsonl" for name in SPLITS)}:
+        raise DataError(f"{directory}: holds other files than prepared data; choose another --out")
+    if not force:
+        raise DataError(f"{directory}: already holds prepared data; choose another --out, or replace it with --force")
+
+
+def load_prepared(directory: Path, *, on_bad_row: OnBadRow = "error") -> PreferenceData:
+    """Load a prepared directory and check it.
+
+    Raises: DataError: no train.jsonl; a bad row; a pair_id for two different pairs; a pair in two of train, dev and
+        evaluation; a user on the wrong side of users.json.
+    """
+    if not (directory / "train.jsonl").is_file():
+        raise DataError(f"{directory}: no train.jsonl; give a directory made by `prlhf data prepare`")
+    located = {name: _load_split(directory / f"{name}.jsonl", on_bad_row) for name in SPLITS}
+    users = _load_users(directory / USERS_FILE)
+    if users is not None:
+        located = {name: [(where, _with_user_text(row, users, where)) for where, row in rows]
+                   for name, rows in located.items()}
+    _check_pairs(located)
+    _check_users(located, users)
+    rows = {name: clean_and_warn(directory / f"{name}.jsonl", part) for name, part in located.items()}
+    if not rows["train"]:
+        raise DataError(f"{directory / 'train.jsonl'}: no usable rows; training needs at least one")
+    declared = None if users is None else tuple(user_id for user_id, user in users.items() if user["split"] == "seen")
+    return PreferenceData(**rows, source=str(directory), declared_users=declared)
+
+
+def read_preferences(path: Path, on_bad_row: OnBadRow) -> Located:
+    """("file:line", row) of a file of preference rows; columns that mean nothing to prlhf are named in a warning.
+
+    Raises: DataError: see read_rows and preference_row.
+    """
+    ignored: Counter[str] = Counter()
+
+    def parse(record: dict[str, Any], where: str) -> PreferenceRow:
+        ignored.update(record.keys() - set(PREFERENCE_FIELDS))
+        return preference_row(record, where)
+
+    located = read_rows(path, parse, on_bad_row=on_bad_row)
+    if ignored:
+        logger.warning("%s: columns that are not used: %s", path, quote(sorted(ignored)))
+    return located
+
+
+def clean_and_warn(path: Path, located: Located) -> list[PreferenceRow]:
+    """clean_rows, with what is left out in a warning."""
+    rows, dropped = clean_rows([row for _, row in located])
+    if dropped:
+        logger.warning("%s: left out of %d rows: %s", path, len(located), dropped)
+    return rows
+
+
+def _load_split(path: Path, on_bad_row: OnBadRow) -> Located:
+    return read_preferences(path, on_bad_row) if path.exists() else []
+
+
+def _check_pairs(located: Mapping[str, Located]) -> None:
+    everything = [pair for name in SPLITS for pair in located[name]]
+    parts: Sequence[Located] = (located["train"], located["dev"], located["eval_seen"] + located["eval_unseen"])
+    messages = pair_id_conflicts(everything)
+    for first, second in combinations(parts, 2):
+        messages += shared_pairs(first, second)
+    if messages:
+        raise DataError(*messages)
+
+
+def _check_users(located: Mapping[str, Located], users: Mapping[str, dict[str, str]] | None) -> None:
+    if users is None:
+        seen = {row.user_id for _, row in located["train"]}
+    else:
+        seen = {user_id for user_id, user in users.items() if user["split"] == "seen"}
+    for name in SPLITS:
+        expected_seen = name != "eval_unseen"
+        for where, row in located[name]:
+            if (row.user_id in seen) != expected_seen:
+                side = "a seen" if row.user_id in seen else "not a seen"
+                raise DataError(f"{where}: user {quote(row.user_id)} is {side} user, which {name} does not take; "
+                                "move the row, or mend users.json")
+
+
+def _declared(data: PreferenceData, seen: Sequence[str]) -> dict[str, dict[str, str]]:
+    """users.json; the rows carry the user texts."""
+    unseen = dict.fromkeys(row.user_id for row in data.eval_unseen)
+    return {user_id: {"split": "seen"} for user_id in seen} | {user_id: {"split": "unseen"} for user_id in unseen}
+
+
+def _load_users(path: Path) -> dict[str, dict[str, str]] | None:
+    if not path.exists():
+        return None
+    users = read_json_object(path)
+    for user_id, user in users.items():
+        where = f"{path}: user {quote(user_id)}"
+        if not isinstance(user, dict) or user.get("split") not in ("seen", "unseen"):
+            raise DataError(f'{where}: {quote(user)}, expected {{"user_text": string, "split": "seen" or "unseen"}}')
+        if not isinstance(user.setdefault("user_text", ""), str):
+            raise DataError(f"{where}: user_text is {quote(user['user_text'])}, expected a string")
+    return users
+
+
+def _with_user_text(row: PreferenceRow, users: Mapping[str, dict[str, str]], where: str) -> PreferenceRow:
+    if row.user_id not in users:
+        raise DataError(f"{where}: user {quote(row.user_id)} is not in {USERS_FILE}; add the user or remove the file")
+    user_text = users[row.user_id]["user_text"]
+    if row.user_text and user_text and row.user_text != user_text:
+        raise DataError(f"{where}: user_text differs from the one in {USERS_FILE}; write it in one place")
+    return row if row.user_text else replace(row, user_text=user_text)

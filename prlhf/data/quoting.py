@@ -1,0 +1,26 @@
+"""How text from a file is shown inside a one-line message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+SHOWN_CHARACTERS = 80
+MATCHABLE_CHARACTERS = 200
+
+
+def quote(value: object) -> str:
+    """`value` as ASCII in quotes, cut to one short line: ids and texts may hold anything, control codes too."""
+    shown = ascii(value)
+    if len(shown) <= SHOWN_CHARACTERS:
+        return shown
+    return f"{shown[:SHOWN_CHARACTERS]}... ({len(shown)} characters)"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """"; did you mean ..." with the closest known name, or nothing."""
+    if len(name) > MATCHABLE_CHARACTERS:
+        return ""
+    candidates = [other for other in known if len(other) <= MATCHABLE_CHARACTERS]
+    matches = difflib.get_close_matches(name, candidates, n=1)
+    return f"; did you mean {quote(matches[0])}?" if matches else ""

@@ -1,0 +1,234 @@
+"""Rows of preference and response data, and the ids of their users.
+
+A user is a string id in files and an int64 from collate on; index 0 is the generic user and has no string id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prlhf.data.quoting import did_you_mean, quote
+from prlhf.errors import DataError
+
+GENERIC_USER_ID = 0
+PREFERENCE_FIELDS = ("pair_id", "user_id", "prompt", "chosen", "rejected", "user_text")
+RESPONSE_FIELDS = ("text", "prompt", "response", "user_text")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+Prompt = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """One judgment: the user preferred `chosen` to `rejected` as an answer to `prompt`.
+
+    Args:
+        pair_id: names the prompt with its two responses, whichever was preferred; all who judged the pair share it.
+        user_text: what is known about the user in words; ordinary prompt text for the model.
+    """
+
+    pair_id: str
+    user_id: str
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    user_text: str = ""
+
+
+@dataclass(frozen=True)
+class ResponseRow:
+    """One demonstration; running text has an empty prompt."""
+
+    prompt: Prompt
+    response: str
+    user_text: str = ""
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """Rows for training, for tuning (`dev`) and for reporting, on users seen in training and on others.
+
+    Args:
+        source: where the rows come from, for messages and reports.
+        declared_users: seen user ids in the order of users.json; None without one.
+    """
+
+    train: list[PreferenceRow]
+    dev: list[PreferenceRow]
+    eval_seen: list[PreferenceRow]
+    eval_unseen: list[PreferenceRow]
+    source: str
+    declared_users: tuple[str, ...] | None = None
+
+    def user_ids(self) -> list[str]:
+        """Seen users: the declared ones, else those of the training rows in order of first appearance."""
+        if self.declared_users is not None:
+            return list(self.declared_users)
+        return list(dict.fromkeys(row.user_id for row in self.train))
+
+
+class UserIndex:
+    """String ids of users <-> 1..U.
+
+    Raises: DataError: the same id twice.
+    """
+
+    def __init__(self, user_ids: Sequence[str]) -> None:
+        self.user_ids = tuple(user_ids)
+        self._index = {user_id: index for index, user_id in enumerate(self.user_ids, start=1)}
+        if len(self._index) != len(self.user_ids):
+            twice = Counter(self.user_ids).most_common(1)[0][0]
+            raise DataError(f"user id {quote(twice)} is listed twice; name every user once")
+
+    def __len__(self) -> int:
+        return len(self.user_ids)
+
+    def __contains__(self, user_id: str) -> bool:
+        return user_id in self._index
+
+    def index(self, user_id: str) -> int:
+        """1..U of a known user.
+
+        Raises: DataError: an unknown user.
+        """
+        if user_id not in self._index:
+            hint = did_you_mean(user_id, self.user_ids)
+            raise DataError(f"user {quote(user_id)} is not one of the {len(self)} known users{hint}")
+        return self._index[user_id]
+
+    def user_id(self, index: int) -> str:
+        """String id of index 1..U; the generic user has none.
+
+        Raises: DataError: an index outside 1..U.
+        """
+        if not 1 <= index <= len(self):
+            raise DataError(f"user {index}: expected 1..{len(self)} ({GENERIC_USER_ID}, the generic user, has no id)")
+        return self.user_ids[index - 1]
+
+
+def prompt_record(prompt: Prompt) -> str | list[dict[str, str]]:
+    """The prompt as it stands in a JSON row."""
+    if isinstance(prompt, str):
+        return prompt
+    return [{"role": message.role, "content": message.content} for message in prompt]
+
+
+def make_pair_id(prompt: Prompt, first: str, second: str) -> str:
+    """Content hash of a pair; the same whichever response was preferred."""
+    content = json.dumps([prompt_record(prompt), sorted([first, second])])
+    return hashlib.sha256(content.encode("ascii")).hexdigest()[:16]
+
+
+def pair_content(row: PreferenceRow) -> tuple[Prompt, frozenset[str]]:
+    """What was compared, whoever judged it and however."""
+    return row.prompt, frozenset((row.chosen, row.rejected))
+
+
+def record_from_row(row: PreferenceRow | ResponseRow) -> dict[str, Any]:
+    """The JSON row of a preference or response row; an empty user_text is left out."""
+    record = {name: getattr(row, name) for name in row.__dataclass_fields__}
+    record["prompt"] = prompt_record(row.prompt)
+    if not row.user_text:
+        del record["user_text"]
+    return record
+
+
+def preference_row(record: dict[str, Any], where: str) -> PreferenceRow:
+    """Read a JSON row: prlhf's own, or TRL's explicit preference format (plain or conversational) plus `user_id`.
+
+    Without `pair_id` the pair is named by its content.
+
+    Args:
+        where: file and line, for messages.
+    Raises: DataError: a field is missing or has the wrong type.
+    """
+    prompt = _prompt(_required(record, "prompt", where), where)
+    chosen = _response(record, "chosen", where)
+    rejected = _response(record, "rejected", where)
+    return PreferenceRow(
+        pair_id=_text(record, "pair_id", where) or make_pair_id(prompt, chosen, rejected),
+        user_id=_user_id(record, where),
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        user_text=_text(record, "user_text", where),
+    )
+
+
+def response_row(record: dict[str, Any], where: str) -> ResponseRow:
+    """Read a row for sft: {"text"}, {"prompt", "response"}, or a preference row, of which it takes the chosen response.
+
+    Raises: DataError: none of the three, or a field has the wrong type.
+    """
+    user_text = _text(record, "user_text", where)
+    if "text" in record:
+        return ResponseRow(prompt="", response=_response(record, "text", where), user_text=user_text)
+    for name in ("response", "chosen"):
+        if name in record:
+            prompt = _prompt(_required(record, "prompt", where), where)
+            return ResponseRow(prompt=prompt, response=_response(record, name, where), user_text=user_text)
+    raise DataError(f'{where}: has the keys {quote(sorted(record))}; expected {{"text"}}, {{"prompt", "response"}} '
+                    "or a preference row")
+
+
+def _required(record: dict[str, Any], name: str, where: str) -> Any:
+    if record.get(name) is None:
+        raise DataError(f"{where}: no {name!r} among the keys {quote(sorted(record))}{did_you_mean(name, record)}")
+    return record[name]
+
+
+def _text(record: dict[str, Any], name: str, where: str) -> str:
+    value = record.get(name)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {name} is {quote(value)}, expected a string; write it in quotes")
+    return value
+
+
+def _user_id(record: dict[str, Any], where: str) -> str:
+    _required(record, "user_id", where)
+    user_id = _text(record, "user_id", where)
+    if not user_id:
+        raise DataError(f"{where}: user_id is empty; every row names the user who judged it")
+    return user_id
+
+
+def _prompt(value: Any, where: str) -> Prompt:
+    if isinstance(value, str):
+        return value
+    return _messages(value, "prompt", where)
+
+
+def _messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise DataError(f'{where}: {name} is {quote(value)}, expected a string or a list of {{"role", "content"}}')
+    for turn in value:
+        if not isinstance(turn, dict) or any(not isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise DataError(f'{where}: {name} holds {quote(turn)}, expected {{"role": string, "content": string}}')
+    return tuple(Message(role=turn["role"], content=turn["content"]) for turn in value)
+
+
+def _response(record: dict[str, Any], name: str, where: str) -> str:
+    value = _required(record, name, where)
+    if isinstance(value, str):
+        return value
+    turns = _messages(value, name, where)
+    if len(turns) != 1 or turns[0].role != "assistant":
+        roles = [turn.role for turn in turns]
+        raise DataError(f"{where}: {name} has the turns {quote(roles)}, expected one assistant turn; "
+                        "move the others to prompt")
+    return turns[0].content

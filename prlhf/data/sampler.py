@@ -1,0 +1,50 @@
+"""Which rows a step trains on: pure functions of (seed, step), the same for every world size and after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def num_steps_per_epoch(num_rows: int, batch_rows: int) -> int:
+    """Optimizer steps that show every row once; the last one may be smaller."""
+    return -(-num_rows // batch_rows)
+
+
+def global_batch(step: int, *, num_rows: int, batch_rows: int, seed: int) -> list[int]:
+    """Rows of one optimizer step, over all ranks.
+
+    Every epoch is a permutation of its own, cut into batches; only an epoch's last batch may be smaller.
+
+    Args:
+        step: 0-based, over all epochs.
+    """
+    epoch, position = divmod(step, num_steps_per_epoch(num_rows, batch_rows))
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+    return order[position * batch_rows : (position + 1) * batch_rows].tolist()
+
+
+def shard(indices: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """A rank's contiguous part; parts differ by at most one row and may be empty."""
+    num_rows = len(indices)
+    return list(indices[rank * num_rows // world_size : (rank + 1) * num_rows // world_size])
+
+
+def cut_microbatches(
+    indices: Sequence[int], num_tokens: Callable[[int], int], microbatch_tokens: int
+) -> list[list[int]]:
+    """Cut rows into micro-batches of similar length, longest first.
+
+    Args:
+        num_tokens: tokens of a row before padding.
+        microbatch_tokens: limit of rows x longest row; a row longer than that is a micro-batch by itself.
+    """
+    ordered = sorted(indices, key=num_tokens, reverse=True)
+    microbatches = []
+    start = 0
+    while start < len(ordered):
+        count = max(1, microbatch_tokens // max(1, num_tokens(ordered[start])))
+        microbatches.append(ordered[start : start + count])
+        start += count
+    return microbatches

@@ -1,0 +1,99 @@
+"""`builtin:psoups`: six users with opposed tastes on three axes, who judge the same pairs of responses."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+
+from prlhf.data.records import PreferenceData, PreferenceRow
+from prlhf.data.world.authored import Tone, load_heldout_topics, load_tone, load_training_topics
+from prlhf.data.world.render import AXES, STYLES, Request, Tones, make_requests, render
+
+TRAIN_PAIRS = 600  # an axis; each pair is judged by the two users of its axis
+DEV_PAIRS = 32
+EVAL_PAIRS = 200
+MAX_LENGTH_GAP = 0.5  # characters between the mean lengths of the two tones' phrases
+OPENERS, CLOSERS = 12, 8  # of each tone in one world; the other phrases are in the pretraining text alone
+
+
+@dataclass(frozen=True)
+class Taste:
+    """What a user prefers: one side of one axis (the value of that axis' field of Style)."""
+
+    axis: str
+    side: bool
+
+
+TASTES = {
+    "P1A": Taste("register", False),
+    "P1B": Taste("register", True),
+    "P2A": Taste("length", False),
+    "P2B": Taste("length", True),
+    "P3A": Taste("tone", True),
+    "P3B": Taste("tone", False),
+}
+
+
+def build_psoups(seed: int) -> PreferenceData:
+    """The preference data of the six users; every prompt belongs to one pair, every pair to two opposed users.
+
+    train and dev: prompts about the training topics, none in both. eval_seen: prompts about the held-out topics, which
+    neither the training pairs nor the pretraining text mention. eval_unseen is empty: there are no further users.
+
+    Args:
+        seed: draws prompts, styles, phrases and facts; the held-out topics are the same for every seed.
+    """
+    rng = random.Random(f"psoups {seed}")
+    tones = _draw_phrases(rng)
+    training = make_requests(load_training_topics())
+    heldout = make_requests(load_heldout_topics())
+    rng.shuffle(training)
+    rng.shuffle(heldout)
+    num_train, num_dev, num_eval = (len(AXES) * pairs for pairs in (TRAIN_PAIRS, DEV_PAIRS, EVAL_PAIRS))
+    return PreferenceData(
+        train=_make_rows("train", training[:num_train], tones, rng),
+        dev=_make_rows("dev", training[num_train : num_train + num_dev], tones, rng),
+        eval_seen=_make_rows("eval", heldout[:num_eval], tones, rng),
+        eval_unseen=[],
+        source="builtin:psoups",
+    )
+
+
+def _draw_phrases(rng: random.Random) -> Tones:
+    """A world's phrases of either tone, drawn again until their lengths do not give the tone away."""
+    while True:
+        drawn: dict[bool, Tone] = {}
+        for friendly in (False, True):
+            tone = load_tone(friendly=friendly)
+            openers, closers = rng.sample(tone.openers, OPENERS), rng.sample(tone.closers, CLOSERS)
+            drawn[friendly] = replace(tone, openers=tuple(openers), closers=tuple(closers))
+        gaps = [
+            abs(mean(map(len, getattr(drawn[True], kind))) - mean(map(len, getattr(drawn[False], kind))))
+            for kind in ("openers", "closers")
+        ]
+        if max(gaps) <= MAX_LENGTH_GAP:
+            return drawn
+
+
+def _make_rows(split: str, requests: Sequence[Request], tones: Tones, rng: random.Random) -> list[PreferenceRow]:
+    """A pair for each request, the axes in turn, and the judgements of its two users."""
+    rows = []
+    axes = list(AXES)
+    for number, request in enumerate(requests):
+        axis = axes[number % len(axes)]
+        style = rng.choice(STYLES)
+        responses = {side: render(request, replace(style, **{AXES[axis]: side}), rng, tones) for side in (False, True)}
+        for user_id, taste in TASTES.items():
+            if taste.axis == axis:
+                rows.append(
+                    PreferenceRow(
+                        pair_id=f"{split}-{number:04d}",
+                        user_id=user_id,
+                        prompt=request.prompt,
+                        chosen=responses[taste.side],
+                        rejected=responses[not taste.side],
+                    )
+                )
+    return rows

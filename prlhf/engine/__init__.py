@@ -1,0 +1,1 @@
+"""The hand-written training engine: build, step, loop, checkpoint, launch."""

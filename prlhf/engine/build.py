@@ -1,0 +1,206 @@
+"""Configuration to objects: the only place that turns one into the other."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prlhf.config import Config
+from prlhf.data.load import load_preference_data, load_response_rows
+from prlhf.data.records import PreferenceData, ResponseRow
+from prlhf.data.sampler import num_steps_per_epoch
+from prlhf.data.tokenize import TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
+from prlhf.distributed import rank, world_size
+from prlhf.engine.objective import Objective
+from prlhf.engine.optim import make_optimizer
+from prlhf.errors import ConfigError, DataError
+from prlhf.models.assemble import PolicySpec, init_user_encoder_, make_policy
+from prlhf.models.backbone import pad_token_id, position_limit
+from prlhf.models.policy import PersonalizedPolicy, Reference
+
+logger = logging.getLogger(__name__)
+
+NUM_PROBES = 4
+Autocast = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass
+class Job:
+    """Everything a training run works with, on one rank."""
+
+    config: Config
+    spec: PolicySpec
+    policy: PersonalizedPolicy
+    optimizer: torch.optim.Optimizer
+    objective: Objective
+    rows: Sequence[TokenizedPair] | Sequence[TokenizedResponse]
+    dropped: dict[str, int]
+    preferences: PreferenceData | None
+    dev_responses: list[ResponseRow]
+    data_sha256: str
+    max_steps: int
+    autocast: Autocast
+    pad_id: int
+
+
+def make_spec(config: Config) -> PolicySpec:
+    """The part of the configuration that decides the policy."""
+    lora, user = config.model.lora, config.user
+    return PolicySpec(
+        backbone=config.model.backbone,
+        dtype=config.model.dtype,
+        seed=config.seed,
+        lora_rank=lora.rank if lora else None,
+        lora_alpha=lora.alpha if lora else 16.0,
+        lora_dropout=lora.dropout if lora else 0.0,
+        lora_targets=lora.targets if lora else "auto",
+        user_kind=user.kind,
+        num_user_tokens=user.num_user_tokens,
+        num_clusters=user.num_clusters,
+        user_init=user.init,
+        user_init_range=user.init_range,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this rank; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises: ConfigError: asked for a device that is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise ConfigError(f"train.device: got {name}, but torch finds none; use auto or cpu")
+    return torch.device("cuda", rank() % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+
+
+def make_autocast(precision: str, device: torch.device) -> Autocast:
+    """A factory of autocast contexts: bf16 matmuls over fp32 weights, or nothing."""
+    if precision == "fp32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def load_job_data(config: Config) -> tuple[PreferenceData | None, list[ResponseRow], list[ResponseRow]]:
+    """Preference data, or training and dev responses for sft."""
+    data = config.data
+    options: dict[str, Any] = {"seed": data.seed, "eval_prompts": data.eval_prompts, "on_bad_row": data.on_bad_row}
+    if config.method == "sft":
+        return None, *load_response_rows(data.source, **options)
+    return load_preference_data(data.source, unseen_users=data.unseen_users, **options), [], []
+
+
+def build_job(config: Config) -> Job:
+    """Load data and model, tokenize, and make the objects of a run at step 0.
+
+    Raises: ConfigError, DataError, ModelError: whatever the configuration asks for and cannot be had.
+    """
+    if config.train.batch_rows % world_size():
+        raise ConfigError(
+            f"train.batch_rows: got {config.train.batch_rows}, which {world_size()} ranks do not divide; "
+            f"use a multiple of {world_size()}"
+        )
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    torch.manual_seed(config.seed + rank())
+    device = pick_device(config.train.device)
+    preferences, train_responses, dev_responses = load_job_data(config)
+    spec = make_spec(config)
+    policy = make_policy(spec, preferences.user_ids() if preferences else [])
+    check_positions(policy, config.data.max_tokens)
+    limits = tokenize_limits(config, policy)
+    if preferences is not None:
+        users = policy.users if spec.user_kind != "none" else None
+        tokenized: Any = tokenize_pairs(preferences.train, policy.tokenizer, users, **limits)
+    else:
+        tokenized = tokenize_responses(train_responses, policy.tokenizer, **limits)
+    if not tokenized.rows:
+        raise DataError(
+            f"data.source {config.data.source!r}: no training row is left after tokenizing "
+            f"({tokenized.dropped}); raise data.max_tokens or mend the data"
+        )
+    policy.to(device)
+    if policy.user_encoder is not None:
+        init_user_encoder_(policy, spec, [row.prompt_ids + row.chosen_ids for row in tokenized.rows[:NUM_PROBES]])
+    _prepare_for_training_(policy, config, spec)
+    train = config.train
+    optimizer = make_optimizer(
+        policy.trainable(),
+        lr=train.lr,
+        user_lr=train.user_lr,
+        cluster_lr=train.cluster_lr,
+        weight_decay=train.weight_decay,
+    )
+    max_steps = train.max_steps or train.epochs * num_steps_per_epoch(len(tokenized.rows), train.batch_rows)
+    return Job(
+        config=config,
+        spec=spec,
+        policy=policy,
+        optimizer=optimizer,
+        rows=tokenized.rows,
+        dropped=tokenized.dropped,
+        objective=make_objective(config),
+        preferences=preferences,
+        dev_responses=dev_responses,
+        data_sha256=hash_rows(tokenized.rows),
+        max_steps=max_steps,
+        autocast=make_autocast(train.precision, device),
+        pad_id=pad_token_id(policy.tokenizer),
+    )
+
+
+def make_objective(config: Config) -> Objective:
+    """The loss of a row that the configuration asks for."""
+    loss = config.loss
+    return Objective(
+        config.method,
+        kind=loss.kind,
+        beta=loss.beta,
+        alpha=loss.alpha,
+        label_smoothing=loss.label_smoothing,
+        sft_weight=loss.sft_weight,
+    )
+
+
+def tokenize_limits(config: Config, policy: PersonalizedPolicy) -> dict[str, int]:
+    """Lengths for the tokenizer; the soft prompt's positions are inside the budget."""
+    return {
+        "max_tokens": config.data.max_tokens,
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "num_user_tokens": policy.soft_prompt.num_user_tokens,
+    }
+
+
+def check_positions(policy: PersonalizedPolicy, max_tokens: int) -> None:
+    """Refuse sequences longer than the model's positions: they would wrap or fail mid-run."""
+    limit = position_limit(policy.backbone)
+    if limit is not None and max_tokens > limit:
+        raise ConfigError(
+            f"data.max_tokens: got {max_tokens}, but the backbone has {limit} positions; use at most {limit}"
+        )
+
+
+def hash_rows(rows: Sequence[TokenizedPair] | Sequence[TokenizedResponse]) -> str:
+    """sha256 of the tokenized training rows, so that a resumed run goes on with the same data."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
+
+
+def _prepare_for_training_(policy: PersonalizedPolicy, config: Config, spec: PolicySpec) -> None:
+    if spec.lora_rank is None and config.method != "sft":
+        policy.reference = Reference(policy, frozen_copy=True)
+    if config.model.gradient_checkpointing:
+        policy.backbone.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    policy.train()

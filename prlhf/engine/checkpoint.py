@@ -1,0 +1,261 @@
+"""Checkpoints of a run: a crash at any moment leaves the last good one, and each is verified before it is read."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prlhf.distributed import all_reduce_any, barrier, is_main, rank
+from prlhf.errors import CheckpointError, NoCheckpointError, RunDirError
+from prlhf.files import (
+    find_damage,
+    publish_directory,
+    read_json,
+    remove_directories,
+    seal_directory,
+    write_json_atomic,
+    write_text_atomic,
+)
+from prlhf.models.assemble import (
+    STATE,
+    TRAINABLE,
+    USER_IDS,
+    USERS,
+    PolicySpec,
+    load_trained_,
+    read_tensors,
+    spec_to_dict,
+    trained_tensors,
+)
+from prlhf.models.policy import PersonalizedPolicy
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZER = "optimizer.safetensors"
+CONFIG = "config.yaml"
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with sampler and schedule being functions of the step, this is all there is."""
+
+    step: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    rows_seen: int = 0
+    tokens_seen: int = 0
+    train_seconds: float = 0.0
+
+
+def checkpoint_name(step: int) -> str:
+    """Directory name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    run_dir: Path,
+    policy: PersonalizedPolicy,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    spec: PolicySpec,
+    method: str,
+    config_text: str,
+    data_sha256: str,
+    keep_last: int,
+) -> None:
+    """Write a checkpoint on all ranks: files, flush, all ranks agree, manifest, rename, then delete older ones.
+
+    Raises: RunDirError: the disk is full or unwritable; the previous checkpoint stays.
+    """
+    root = run_dir / "checkpoints"
+    final, temporary = root / checkpoint_name(progress.step), root / f".tmp-{checkpoint_name(progress.step)}"
+    if all_reduce_any(is_main() and final.is_dir()):
+        return
+    problem: Exception | None = None
+    try:
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        barrier()
+        save_file(
+            {"torch": torch.get_rng_state(), **_device_rng(policy.device)}, temporary / f"rng-{rank()}.safetensors"
+        )
+        if is_main():
+            _write_shared_files(
+                temporary,
+                policy,
+                optimizer,
+                progress,
+                spec=spec,
+                method=method,
+                config_text=config_text,
+                data_sha256=data_sha256,
+            )
+    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
+        problem = error
+    if all_reduce_any(problem is not None):
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise _disk_error(temporary, problem)
+    if is_main():
+        try:
+            seal_directory(temporary)
+            publish_directory(temporary, final)
+        except OSError as error:
+            raise _disk_error(temporary, error) from None
+        remove_directories(_steps(root)[:-keep_last])
+    barrier()
+
+
+def _write_shared_files(
+    directory: Path,
+    policy: PersonalizedPolicy,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    spec: PolicySpec,
+    method: str,
+    config_text: str,
+    data_sha256: str,
+) -> None:
+    _save(trained_tensors(policy, lora=spec.lora_rank is not None), directory / TRAINABLE)
+    if policy.user_encoder is not None:
+        _save(dict(policy.user_encoder.named_parameters()), directory / USERS)
+    _save(_optimizer_tensors(policy, optimizer), directory / OPTIMIZER)
+    users = [] if policy.users is None else list(policy.users.user_ids)
+    write_json_atomic(directory / USER_IDS, {"user_ids": users})
+    write_json_atomic(
+        directory / STATE,
+        {
+            **asdict(progress),
+            "method": method,
+            "policy": spec_to_dict(spec),
+            "base_sha256": policy.base_sha256,
+            "data_sha256": data_sha256,
+        },
+    )
+    write_text_atomic(directory / CONFIG, config_text)
+    policy.tokenizer.save_pretrained(directory)
+
+
+def load_checkpoint_(
+    directory: Path, policy: PersonalizedPolicy, optimizer: torch.optim.Optimizer, *, spec: PolicySpec, data_sha256: str
+) -> Progress:
+    """Put a verified checkpoint's weights, optimizer state and random state back.
+
+    Raises: CheckpointError: another base model, other data, other users, or tensors that do not fit.
+    """
+    state = read_json(directory / STATE)
+    users = [] if policy.users is None else list(policy.users.user_ids)
+    wrong = []
+    if state["base_sha256"] != policy.base_sha256:
+        wrong.append(
+            f"{directory}: the base model's weights changed since; restore them or start a run of another name"
+        )
+    if state["data_sha256"] != data_sha256:
+        wrong.append(f"{directory}: the training data changed since; restore it or start a run of another name")
+    if read_json(directory / USER_IDS)["user_ids"] != users:
+        wrong.append(f"{directory}: the users changed since; restore the data or start a run of another name")
+    if wrong:
+        raise CheckpointError(*wrong)
+    load_trained_(policy, directory, lora=spec.lora_rank is not None)
+    _load_optimizer_(policy, optimizer, read_tensors(directory / OPTIMIZER), directory)
+    rng = directory / f"rng-{rank()}.safetensors"
+    if rng.is_file():
+        states = read_tensors(rng)
+        torch.set_rng_state(states["torch"])
+        if "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"])
+    else:
+        logger.warning(
+            "%s: no random state for rank %d (other world size); dropout masks will differ", directory, rank()
+        )
+    return Progress(**{name: state[name] for name in asdict(Progress())})
+
+
+def find_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run directory that verifies, or the directory itself if it is a checkpoint.
+
+    Returns: None when there is none at all.
+    Raises: NoCheckpointError: there are checkpoints and every one is damaged.
+    """
+    candidates = [run_dir] if (run_dir / STATE).is_file() else _steps(run_dir / "checkpoints")[::-1]
+    for directory in candidates:
+        damage = find_damage(directory)
+        if not damage:
+            return directory
+        for line in damage:
+            logger.warning("checkpoint not used: %s", line)
+    if candidates:
+        raise NoCheckpointError(
+            f"{run_dir}: none of {len(candidates)} checkpoint(s) verifies; start a run of another name"
+        )
+    return None
+
+
+def step_of(directory: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return read_json(directory / STATE)["step"]
+
+
+def remove_stale_temporaries(run_dir: Path) -> None:
+    """Delete what an interrupted checkpoint write left behind."""
+    remove_directories((run_dir / "checkpoints").glob(".tmp-*"))
+
+
+def remove_later_checkpoints(run_dir: Path, step: int) -> None:
+    """Delete checkpoints after `step`, aloud: damaged, or of a course that is left; the run writes their steps anew."""
+    later = [path for path in _steps(run_dir / "checkpoints") if path.name > checkpoint_name(step)]
+    for directory in later:
+        logger.warning("%s: removed, since training goes on from step %d", directory, step)
+    remove_directories(later)
+
+
+def _steps(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("step-[0-9]*") if path.is_dir())
+
+
+def _save(tensors: dict[str, Any], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _device_rng(device: torch.device) -> dict[str, Tensor]:
+    return {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+
+
+def _optimizer_tensors(policy: PersonalizedPolicy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{slot}": value
+        for name, parameter in policy.trainable().items()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer_(
+    policy: PersonalizedPolicy, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], directory: Path
+) -> None:
+    parameters = policy.trainable()
+    for key, value in state.items():
+        name, _, slot = key.rpartition(".")
+        if name not in parameters:
+            raise CheckpointError(f"{directory / OPTIMIZER}: {name}: unexpected; the model has no such trained tensor")
+        optimizer.state[parameters[name]][slot] = value.to(parameters[name].device)
+
+
+def _disk_error(path: Path, error: Exception | None) -> RunDirError:
+    if error is None:
+        return RunDirError(f"{path}: another rank could not write its part; see its log")
+    free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
+    return RunDirError(
+        f"{path}: {getattr(error, 'strerror', None) or error}; {free / 2**20:.0f} MiB free; make room and start again, "
+        "the previous checkpoint is kept"
+    )

@@ -1,0 +1,164 @@
+"""Evaluation of a checkpoint, and comparison of finished runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prlhf.config import Config, config_from_dict, config_to_dict, load_config
+from prlhf.data.records import Message, PreferenceData
+from prlhf.engine.build import load_job_data, make_autocast, pick_device
+from prlhf.engine.checkpoint import CONFIG
+from prlhf.engine.final import Evaluator, evaluate_preferences
+from prlhf.errors import ConfigError, DataError
+from prlhf.evaluation.judges import RuleJudge
+from prlhf.evaluation.report import format_comparison, load_final, make_table
+from prlhf.evaluation.samples import Sample, win_rates
+from prlhf.models.assemble import load_policy, resolve_checkpoint
+from prlhf.models.backbone import pad_token_id
+
+logger = logging.getLogger(__name__)
+
+EVAL_OVERRIDES = (
+    "eval.",
+    "data.",
+    "train.device",
+    "train.num_threads",
+    "train.microbatch_tokens",
+    "train.precision",
+    "seed",
+)
+
+
+def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Figures as in `eval/final.json` of a checkpoint, on its own data or on `source`.
+
+    Raises: ConfigError: an override of anything but the evaluation. DataError: no such data.
+    """
+    directory = resolve_checkpoint(checkpoint)
+    wrong = [key for key in overrides if not key.startswith(EVAL_OVERRIDES)]
+    if wrong:
+        raise ConfigError(
+            *(f"{key}: cannot change in an evaluation; expected one of {', '.join(EVAL_OVERRIDES)}" for key in wrong)
+        )
+    config = load_config(directory / CONFIG, overrides)
+    if source is not None:
+        config = config_from_dict(
+            {**config_to_dict(config), "data": {**config_to_dict(config)["data"], "source": source}}, "--data"
+        )
+    if config.method == "sft":
+        raise ConfigError(
+            f"{directory}: trained with sft, which has no preferences to evaluate; see its eval/final.json"
+        )
+    device = pick_device(config.train.device)
+    policy = load_policy(directory, device=str(device))
+    data = _known_rows(
+        load_preferences(config), policy.users.user_ids if policy.user_encoder and policy.users else None
+    )
+    evaluator = Evaluator(
+        config,
+        policy,
+        pad_id=pad_token_id(policy.tokenizer),
+        autocast=make_autocast(config.train.precision, device),
+        on_batch=lambda: None,
+    )
+    figures, _ = evaluate_preferences(evaluator, data)
+    return {
+        "experiment": config.name,
+        "method": config.method,
+        "user_model": config.user.kind,
+        "checkpoint": str(directory),
+        "data": {"source": config.data.source, "seed": config.data.seed},
+        **figures,
+    }
+
+
+def load_preferences(config: Config) -> PreferenceData:
+    """The preference data of a configuration."""
+    data, _, _ = load_job_data(config)
+    assert data is not None
+    return data
+
+
+def _known_rows(data: PreferenceData, known: tuple[str, ...] | None) -> PreferenceData:
+    """Rows of users the policy does not know move to the unseen ones, aloud; only known ones are answered."""
+    if known is None:
+        return data
+    data = dataclasses.replace(data, declared_users=tuple(user for user in data.user_ids() if user in known))
+    unknown = sorted({row.user_id for row in data.eval_seen} - set(known))
+    if not unknown:
+        return data
+    logger.warning(
+        "%d users of eval_seen are not known to the checkpoint (%s ...): reported as unseen, under the generic user",
+        len(unknown),
+        unknown[0],
+    )
+    seen = [row for row in data.eval_seen if row.user_id in set(known)]
+    moved = [row for row in data.eval_seen if row.user_id not in set(known)]
+    return dataclasses.replace(data, eval_seen=seen, eval_unseen=[*data.eval_unseen, *moved])
+
+
+def compare_runs(targets: Sequence[str], overrides: Sequence[str], *, runs: Path) -> str:
+    """Tables over runs; a target that is a YAML file is trained first unless it is finished.
+
+    Raises: DataError: a run without final evaluation. ConfigError: a training run failed.
+    """
+    folders = [
+        _train_if_needed(target, overrides, runs) if target.endswith((".yaml", ".yml")) else Path(target)
+        for target in targets
+    ]
+    names = [folder.name for folder in folders]
+    named = {str(folder) if names.count(folder.name) > 1 else folder.name: folder for folder in folders}
+    finals = {name: load_final(folder) for name, folder in named.items()}
+    without = [name for name, final in finals.items() if not final.get("accuracy", {}).get("seen")]
+    if without:
+        raise DataError(
+            *(f"{name}: has no preference accuracy to compare (method {finals[name]['method']})" for name in without)
+        )
+    return format_comparison(finals) + "\n" + _format_win_rates(named, finals)
+
+
+def _train_if_needed(target: str, overrides: Sequence[str], runs: Path) -> Path:
+    config = load_config(target, overrides)
+    command = [sys.executable, "-m", "prlhf", "train", target, *overrides, "--runs", str(runs)]
+    code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+    if code != 0:
+        raise ConfigError(f"{target}: training ended with exit code {code}; see the messages above")
+    return runs / config.name
+
+
+def _format_win_rates(folders: dict[str, Path], finals: dict[str, dict[str, Any]]) -> str:
+    """Each run's answers against every other run's, where the rule judge applies."""
+    sampled = {name: _load_samples(folder) for name, folder in folders.items() if finals[name].get("on_side")}
+    rows = []
+    for name, ours in sampled.items():
+        against = {"reference": finals[name]["win_rate"]}
+        for other, theirs in sampled.items():
+            if other != name and [(s.user_id, s.prompt) for s in ours] == [(s.user_id, s.prompt) for s in theirs]:
+                against[other] = win_rates(ours, theirs, RuleJudge(), opponent=other)
+        rows += [
+            [name, opponent, *(str(rate[key]) for key in ("wins", "ties", "losses")), f"{rate['mean']:.3f}"]
+            for opponent, rate in against.items()
+        ]
+    if not rows:
+        return ""
+    return "\n" + make_table(["answers of", "against", "wins", "ties", "losses", "mean (tie = 1/2)"], rows) + "\n"
+
+
+def _load_samples(run_dir: Path) -> list[Sample]:
+    path = run_dir / "samples" / "policy.jsonl"
+    samples = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        prompt = record["prompt"]
+        if not isinstance(prompt, str):
+            record["prompt"] = tuple(Message(**turn) for turn in prompt)
+        nll = record["nll_per_token"]
+        samples.append(Sample(**{**record, "nll_per_token": float("nan") if nll is None else nll}))
+    return samples

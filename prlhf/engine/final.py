@@ -1,0 +1,262 @@
+"""Evaluation of a job: the figures of `eval/final.json`, the samples, and the shorter ones during training."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prlhf.config import Config
+from prlhf.data.check import length_only_accuracy
+from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow
+from prlhf.data.tokenize import Tokenized, TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
+from prlhf.distributed import all_reduce_sum, barrier, is_main, rank, world_size
+from prlhf.engine.build import Autocast, Job, tokenize_limits
+from prlhf.engine.checkpoint import Progress
+from prlhf.evaluation.accuracy import PairMargins, has_length_gap, score_pairs, summarize_accuracy, user_accuracies
+from prlhf.evaluation.judges import RuleJudge
+from prlhf.evaluation.samples import (
+    Sample,
+    judge_samples,
+    sample_answers,
+    score_under_reference,
+    text_quality,
+    win_rates,
+)
+from prlhf.evaluation.scoring import TokenSequence, score_sequences
+from prlhf.files import write_json_atomic, write_text_atomic
+from prlhf.generation import SamplingOptions
+from prlhf.models.policy import PersonalizedPolicy
+
+OnBatch = Callable[[], None]
+GENERATION_TIMEOUT_S = 24 * 3600.0  # the main rank answers alone, the others wait
+
+
+class Evaluator:
+    """Evaluates one policy under one configuration.
+
+    Args:
+        on_batch: called between batches; may raise to stop.
+    """
+
+    def __init__(
+        self, config: Config, policy: PersonalizedPolicy, *, pad_id: int, autocast: Autocast, on_batch: OnBatch
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.autocast = autocast
+        self.scoring: dict[str, Any] = {
+            "pad_id": pad_id,
+            "microbatch_tokens": config.train.microbatch_tokens,
+            "on_batch": on_batch,
+        }
+
+    def accuracy(self, seen: Sequence[PreferenceRow], unseen: Sequence[PreferenceRow]) -> dict[str, Any]:
+        """Accuracy blocks, per-user figures and slices."""
+        seen_margins, unseen_margins = self._margins(seen), self._margins(unseen, known_users=False)
+        blocks = self._blocks(seen_margins, unseen_margins)
+        gap = [i for i, row in enumerate(seen_margins.rows) if has_length_gap(row)]
+        slices = {"length_gap_20": self._slice(seen_margins, gap)} if gap else {}
+        return {**blocks, "slices": slices}
+
+    def _blocks(self, seen: PairMargins, unseen: PairMargins) -> dict[str, Any]:
+        seed = self.config.seed
+        individual, generic = user_accuracies(seen.individual, seen.rows), user_accuracies(seen.generic, seen.rows)
+        counts = {user: sum(row.user_id == user for row in seen.rows) for user in individual}
+        return {
+            "accuracy": {
+                "seen": summarize_accuracy(seen.individual, seen.rows, seed=seed),
+                "unseen": summarize_accuracy(unseen.generic, unseen.rows, seed=seed),
+                "generic": summarize_accuracy(seen.generic, seen.rows, seed=seed),
+                "reference_logps": summarize_accuracy(seen.reference, seen.rows, seed=seed),
+            },
+            "per_user": {
+                user: {"accuracy": individual[user], "generic_accuracy": generic[user], "num_rows": counts[user]}
+                for user in individual
+            },
+            "per_unseen_user": user_accuracies(unseen.generic, unseen.rows),
+        }
+
+    def _slice(self, margins: PairMargins, members: list[int]) -> dict[str, Any]:
+        index = np.array(members)
+        part = PairMargins(
+            [margins.rows[i] for i in members],
+            margins.individual[index],
+            margins.generic[index],
+            margins.reference[index],
+        )
+        blocks = self._blocks(part, PairMargins([], *(np.zeros(0),) * 3))
+        return {**blocks["accuracy"], "per_user": blocks["per_user"]}
+
+    def _margins(self, rows: Sequence[PreferenceRow], *, known_users: bool = True) -> PairMargins:
+        users = self.policy.users if known_users and self.policy.user_encoder is not None else None
+        tokenized: Tokenized[TokenizedPair] = tokenize_pairs(
+            rows, self.policy.tokenizer, users, **tokenize_limits(self.config, self.policy)
+        )
+        with self.autocast():
+            return score_pairs(self.policy, rows, tokenized.rows, **self.scoring)
+
+    def nll(self, rows: Sequence[ResponseRow]) -> dict[str, Any] | None:
+        """Mean NLL per token of demonstrations, for sft; None when no row is left after tokenizing."""
+        tokenized = self._tokenize_responses(rows)
+        if not tokenized:
+            return None
+        self.policy.eval()
+        with self.autocast():
+            scores = score_sequences(
+                self.policy, [TokenSequence(r.prompt_ids, r.response_ids) for r in tokenized], None, **self.scoring
+            )
+        return {"nll_per_token": float(-scores.logps.sum() / scores.tokens.sum()), "num_rows": len(tokenized)}
+
+    def generations(self, prompts: Sequence[Prompt], users: Sequence[str], judge: RuleJudge | None) -> dict[str, Any]:
+        """Answers of policy and reference for every user, and what judge and reference say of them."""
+        ours, theirs = (self._sample(prompts, users, as_reference=reference) for reference in (False, True))
+        samples = {"policy": ours, "reference": theirs}
+        if judge is None:
+            return {"samples": samples, "win_rate": None, "on_side": None, "text": None}
+        judged = {name: judge_samples(group, judge) for name, group in samples.items()}
+        on_side = {user: {name: judged[name][user]["on_side"] for name in samples} for user in users}
+        return {
+            "samples": samples,
+            "win_rate": win_rates(ours, theirs, judge, opponent="reference"),
+            "on_side": on_side,
+            "text": {
+                "temperature": self.config.eval.temperature,
+                **{name: {**text_quality(group, judge), "per_user": judged[name]} for name, group in samples.items()},
+            },
+        }
+
+    def _sample(self, prompts: Sequence[Prompt], users: Sequence[str], *, as_reference: bool) -> list[Sample]:
+        settings = self.config.eval
+        options = SamplingOptions(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=self.config.seed,
+        )
+        with self.autocast():
+            return sample_answers(
+                self.policy,
+                prompts,
+                users,
+                options=options,
+                as_reference=as_reference,
+                max_prompt_tokens=self.config.data.max_prompt_tokens,
+                batch_rows=settings.batch_rows,
+                score=lambda answers: score_under_reference(
+                    self.policy, answers, self._tokenize_answers, **self.scoring
+                ),
+                on_batch=self.scoring["on_batch"],
+            )
+
+    def _tokenize_answers(self, answers: Sequence[tuple[str, Prompt, str]]) -> list[TokenizedResponse]:
+        return self._tokenize_responses([ResponseRow(prompt=prompt, response=answer) for _, prompt, answer in answers])
+
+    def _tokenize_responses(self, rows: Sequence[ResponseRow]) -> list[TokenizedResponse]:
+        limits = tokenize_limits(self.config, self.policy)
+        return tokenize_responses(rows, self.policy.tokenizer, **limits).rows
+
+
+def evaluate_preferences(
+    evaluator: Evaluator, data: PreferenceData
+) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
+    """The figures of a preference job, and the samples if `eval.generate` asks for any."""
+    figures = evaluator.accuracy(data.eval_seen, data.eval_unseen)
+    figures["length_only"] = {
+        name: length_only_accuracy(data.train, rows)
+        for name, rows in (("seen", data.eval_seen), ("unseen", data.eval_unseen))
+    }
+    figures.update({"win_rate": None, "on_side": None, "text": None})
+    wanted = evaluator.config.eval.generate
+    if not wanted or not data.eval_seen:
+        return figures, {}
+    judge = RuleJudge() if data.source == "builtin:psoups" else None
+    prompts = list(dict.fromkeys(row.prompt for row in data.eval_seen))[:wanted]
+    generated = evaluator.generations(prompts, data.user_ids(), judge) if is_main() else {"samples": {}}
+    barrier(timeout_s=GENERATION_TIMEOUT_S)
+    samples = generated.pop("samples")
+    return {**figures, **generated}, samples
+
+
+def evaluate_run(job: Job, progress: Progress, run_dir: Path, *, setup_s: float, on_batch: OnBatch) -> dict[str, Any]:
+    """The final evaluation, written to `eval/final.json` and `samples/`."""
+    began = time.perf_counter()
+    evaluator = Evaluator(job.config, job.policy, pad_id=job.pad_id, autocast=job.autocast, on_batch=on_batch)
+    samples: dict[str, list[Sample]] = {}
+    if job.preferences is None:
+        figures: dict[str, Any] = {"dev": evaluator.nll(job.dev_responses)}
+    else:
+        figures, samples = evaluate_preferences(evaluator, job.preferences)
+    seconds = max(progress.train_seconds, 1e-9)
+    final = {
+        "experiment": job.config.name,
+        "method": job.config.method,
+        "user_model": job.spec.user_kind,
+        "step": progress.step,
+        "seed": job.config.seed,
+        "data": {
+            "source": job.config.data.source,
+            "seed": job.config.data.seed,
+            "train_rows": len(job.rows),
+            "dropped": job.dropped,
+        },
+        **figures,
+        "throughput": {
+            "rows_per_s": progress.rows_seen / seconds,
+            "tokens_per_s": sum(_of_all_ranks(progress.tokens_seen)) / seconds,
+            "peak_memory_bytes": max(_of_all_ranks(peak_memory_bytes())),
+            "peak_device_bytes": max(_of_all_ranks(_peak_device_bytes(job.policy.device))),
+        },
+        "skipped_steps": progress.skipped_steps,
+        "seconds": progress.train_seconds,
+        "seconds_setup": setup_s,
+        "seconds_eval": time.perf_counter() - began,
+    }
+    if is_main():
+        write_final(run_dir, final, samples)
+    return final
+
+
+def evaluate_step(job: Job, progress: Progress, run_dir: Path, *, on_batch: OnBatch) -> None:
+    """Accuracy on the dev rows during training, to `eval/step-*.json`."""
+    if job.preferences is None or not job.preferences.dev:
+        return
+    evaluator = Evaluator(job.config, job.policy, pad_id=job.pad_id, autocast=job.autocast, on_batch=on_batch)
+    figures = evaluator.accuracy(job.preferences.dev[: job.config.eval.rows], [])
+    if is_main():
+        (run_dir / "eval").mkdir(exist_ok=True)
+        write_json_atomic(run_dir / "eval" / f"step-{progress.step:08d}.json", {"step": progress.step, **figures})
+    barrier()
+
+
+def write_final(run_dir: Path, final: dict[str, Any], samples: dict[str, list[Sample]]) -> None:
+    """Write `eval/final.json` and a samples file for each of policy and reference."""
+    for folder in ("eval", "samples"):
+        (run_dir / folder).mkdir(parents=True, exist_ok=True)
+    for name, group in samples.items():
+        text = "".join(json.dumps(sample.record(), ensure_ascii=False) + "\n" for sample in group)
+        write_text_atomic(run_dir / "samples" / f"{name}.jsonl", text)
+    write_json_atomic(run_dir / "eval" / "final.json", final)
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _of_all_ranks(count: int) -> list[int]:
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = count
+    return all_reduce_sum(counts).tolist()
+
+
+def _peak_device_bytes(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

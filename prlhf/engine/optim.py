@@ -1,0 +1,94 @@
+"""Optimizer, schedule, and what happens to gradients between backward and the optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prlhf.distributed import world_size
+
+BUCKET_ELEMENTS = 16 * 2**20
+
+
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], *, lr: float, user_lr: float, cluster_lr: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """Fused AdamW with three groups: the model, the users' soft prompts, the cluster weights.
+
+    Weight decay applies to the model alone: it would pull users towards a zero prompt, which is not the generic user.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"model": [], "users": [], "cluster_weights": []}
+    for name, parameter in parameters.items():
+        groups[_group_of(name)].append(parameter)
+    rates = {"model": lr, "users": user_lr, "cluster_weights": cluster_lr}
+    return torch.optim.AdamW(
+        [
+            {
+                "params": members,
+                "name": name,
+                "lr": rates[name],
+                "base_lr": rates[name],
+                "weight_decay": weight_decay if name == "model" else 0.0,
+            }
+            for name, members in groups.items()
+            if members
+        ],
+        fused=True,
+    )
+
+
+def _group_of(name: str) -> str:
+    if name == "user_encoder.weights":
+        return "cluster_weights"
+    return "users" if name.startswith("user_encoder.") else "model"
+
+
+def warmup_cosine(step: int, *, warmup_steps: int, max_steps: int) -> float:
+    """Factor on the learning rate at 0-based `step`: linear from 1/warmup to 1, then a half cosine to 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate_(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to its base rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def all_reduce_gradients_(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum gradients over ranks, in buckets; a parameter unused on this rank counts as zero.
+
+    The loss is already divided by the rows of the global step, so the sum is the global gradient.
+    """
+    if world_size() == 1:
+        return
+    bucket: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if bucket and (size + parameter.grad.numel() > BUCKET_ELEMENTS or parameter.grad.dtype != bucket[0].dtype):
+            _all_reduce_bucket_(bucket)
+            bucket, size = [], 0
+        bucket.append(parameter.grad)
+        size += parameter.grad.numel()
+    if bucket:
+        _all_reduce_bucket_(bucket)
+
+
+def _all_reduce_bucket_(gradients: list[Tensor]) -> None:
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, reduced in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(reduced.view_as(gradient))
+
+
+def clip_gradients_(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients in place to a global L2 norm of at most `max_norm`; returns the norm before, a scalar tensor."""
+    return nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)

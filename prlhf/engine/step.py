@@ -1,0 +1,81 @@
+"""One optimizer step of the global batch, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prlhf.data.collate import PairBatch, ResponseBatch
+from prlhf.distributed import all_reduce_any
+from prlhf.engine.objective import Objective, ReferenceLogps
+from prlhf.engine.optim import all_reduce_gradients_, clip_gradients_
+from prlhf.models.policy import PersonalizedPolicy
+
+Batch = PairBatch | ResponseBatch
+
+
+@dataclass
+class StepResult:
+    """This rank's sums over its rows, and what all ranks agree on."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    num_rows: int = 0
+    num_tokens: int = 0
+    grad_norm: Tensor | None = None
+    skipped: bool = False
+
+
+def accumulate_gradients_(
+    policy: PersonalizedPolicy,
+    objective: Objective,
+    batches: Sequence[Batch],
+    *,
+    reference_of: Callable[[Batch], ReferenceLogps | None],
+    num_global_rows: int,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> StepResult:
+    """Backward over this rank's micro-batches; gradients are those of the global mean once summed over ranks."""
+    result = StepResult()
+    for batch in batches:
+        with autocast():
+            row_losses = objective(policy, batch, reference_of(batch))
+        (row_losses.losses.sum() / num_global_rows).backward()
+        for name, value in row_losses.sums.items():
+            result.sums[name] = result.sums[name] + value if name in result.sums else value
+        result.num_rows += batch.num_rows
+        result.num_tokens += batch.input_ids.numel()
+    return result
+
+
+def train_step_(
+    policy: PersonalizedPolicy,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    batches: Sequence[Batch],
+    *,
+    reference_of: Callable[[Batch], ReferenceLogps | None],
+    num_global_rows: int,
+    max_grad_norm: float,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> StepResult:
+    """Accumulate, reduce over ranks, clip, and step, unless loss or gradient is not finite on any rank.
+
+    A non-finite gradient anywhere is non-finite everywhere after the sum over ranks, so every rank decides alike;
+    a skipped step leaves parameters and optimizer state bitwise unchanged.
+    """
+    result = accumulate_gradients_(
+        policy, objective, batches, reference_of=reference_of, num_global_rows=num_global_rows, autocast=autocast
+    )
+    parameters = list(policy.trainable().values())
+    all_reduce_gradients_(parameters)
+    result.grad_norm = clip_gradients_(parameters, max_grad_norm)
+    loss = result.sums.get("loss", result.grad_norm)
+    result.skipped = all_reduce_any(not bool(torch.isfinite(loss) & torch.isfinite(result.grad_norm)))
+    if not result.skipped:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return result

@@ -1,0 +1,238 @@
+"""The training run: from a configuration to a finished, evaluated run directory."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from prlhf.config import Config, changed_keys, dump_config, load_config
+from prlhf.data.collate import collate_pairs, collate_responses
+from prlhf.data.sampler import cut_microbatches, global_batch, shard
+from prlhf.data.tokenize import TokenizedPair
+from prlhf.distributed import all_reduce_any, is_main, rank, world_size
+from prlhf.engine.build import Job, build_job
+from prlhf.engine.checkpoint import (
+    CONFIG,
+    Progress,
+    find_checkpoint,
+    load_checkpoint_,
+    remove_later_checkpoints,
+    remove_stale_temporaries,
+    save_checkpoint,
+    step_of,
+)
+from prlhf.engine.final import evaluate_run, evaluate_step
+from prlhf.engine.metrics import StepMetrics
+from prlhf.engine.optim import set_learning_rate_, warmup_cosine
+from prlhf.engine.reference import LiveReference, compute_reference_table, no_reference
+from prlhf.engine.run_dir import RunDir
+from prlhf.engine.step import Batch, StepResult, train_step_
+from prlhf.errors import Preempted, PrlhfError, RunDirError
+from prlhf.evaluation.report import load_final
+
+logger = logging.getLogger(__name__)
+
+MAY_CHANGE_ON_RESUME = (
+    "eval",
+    "checkpoint",
+    "train.microbatch_tokens",
+    "train.log_every",
+    "train.num_threads",
+    "train.epochs",
+    "train.max_steps",
+    "train.max_skipped_steps",
+    "name",
+)
+SCHEDULE_KEYS = ("train.epochs", "train.max_steps")
+
+
+def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, Any]:
+    """Train, checkpoint, evaluate; the same on every rank.
+
+    Args:
+        resume: "auto" goes on from the newest valid checkpoint of the run directory, "never" refuses a directory that
+            holds any, anything else is the run or checkpoint directory to start from.
+    Returns: the final evaluation (`eval/final.json`), on the main rank.
+    Raises: PrlhfError: one line for each mistake. Preempted: a signal came; everything was saved.
+    """
+    began = time.perf_counter()
+    with RunDir(run_dir, writes=is_main()) as lock, StopFlag() as stop:
+        checkpoint = _starting_checkpoint(config, run_dir, resume)
+        if checkpoint is not None and lock.is_finished(step_of(checkpoint)) and _is_unchanged(config, run_dir):
+            logger.info("%s is finished; nothing to do. To train anew choose another name=", run_dir)
+            return load_final(run_dir)
+        job = build_job(config)
+        reference_of = _make_reference(job, stop)
+        progress = Progress()
+        if checkpoint is not None:
+            progress = load_checkpoint_(
+                checkpoint, job.policy, job.optimizer, spec=job.spec, data_sha256=job.data_sha256
+            )
+            logger.info("resumed from %s at step %d", checkpoint, progress.step)
+        lock.start(dump_config(config), step=progress.step)
+        if is_main():
+            remove_stale_temporaries(run_dir)
+            remove_later_checkpoints(run_dir, progress.step)
+        setup_s = time.perf_counter() - began
+        _loop(job, progress, lock, reference_of, stop)
+        lock.set_status("evaluating", step=progress.step)
+        final = evaluate_run(job, progress, run_dir, setup_s=setup_s, on_batch=stop.check)
+        lock.set_status("finished", step=progress.step)
+        return final
+
+
+def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[[Batch], Any], stop: StopFlag) -> None:
+    """Optimizer steps until the last one; every rank runs the same ones."""
+    config = job.config
+    metrics = StepMetrics(run_dir, job.objective.figure_names(), log_every=config.train.log_every)
+    bar = tqdm(total=job.max_steps, initial=progress.step, disable=None if is_main() else True, desc=config.name)
+    while progress.step < job.max_steps:
+        began = time.perf_counter()
+        factor = warmup_cosine(progress.step, warmup_steps=config.train.warmup_steps, max_steps=job.max_steps)
+        set_learning_rate_(job.optimizer, factor)
+        batches, num_global_rows = batches_of_step(job, progress.step)
+        result = train_step_(
+            job.policy,
+            job.optimizer,
+            job.objective,
+            batches,
+            reference_of=reference_of,
+            num_global_rows=num_global_rows,
+            max_grad_norm=config.train.max_grad_norm,
+            autocast=job.autocast,
+        )
+        _count_(progress, result, num_global_rows, time.perf_counter() - began, config.train.max_skipped_steps)
+        metrics.add(progress, result, lr=job.optimizer.param_groups[0]["lr"])
+        bar.update()
+        last, stopping = progress.step == job.max_steps, all_reduce_any(stop.is_set)
+        saving = last or stopping or _is_due(progress.step, config.checkpoint.every_steps)
+        if saving or metrics.is_due(progress.step):
+            bar.set_postfix(metrics.flush(progress.step, job.max_steps, to_terminal=not bar.disable))
+        if saving:
+            save_job(job, progress, run_dir.path)
+        if stopping:
+            raise Preempted(f"stopped by a signal at step {progress.step}; saved, the same command goes on from there")
+        if _is_due(progress.step, config.eval.every_steps) and not last:
+            evaluate_step(job, progress, run_dir.path, on_batch=stop.check)
+    bar.close()
+
+
+def save_job(job: Job, progress: Progress, run_dir: Path) -> None:
+    """Write the checkpoint of the current step, on all ranks."""
+    save_checkpoint(
+        run_dir,
+        job.policy,
+        job.optimizer,
+        progress,
+        spec=job.spec,
+        method=job.config.method,
+        config_text=dump_config(job.config),
+        data_sha256=job.data_sha256,
+        keep_last=job.config.checkpoint.keep_last,
+    )
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def batches_of_step(job: Job, step: int) -> tuple[list[Batch], int]:
+    """This rank's micro-batches of a global step, and the global number of rows."""
+    config = job.config
+    indices = global_batch(step, num_rows=len(job.rows), batch_rows=config.train.batch_rows, seed=config.seed)
+    mine = shard(indices, rank(), world_size())
+    num_soft = job.policy.soft_prompt.num_user_tokens
+    copies = 1 if config.method == "sft" else 2
+    cuts = cut_microbatches(
+        mine, lambda i: copies * (job.rows[i].num_tokens + num_soft), config.train.microbatch_tokens
+    )
+    collate: Any = collate_responses if config.method == "sft" else collate_pairs
+    return [collate([job.rows[i] for i in cut], job.pad_id).to(job.policy.device) for cut in cuts], len(indices)
+
+
+def _count_(progress: Progress, result: StepResult, num_rows: int, seconds: float, max_skipped: int) -> None:
+    progress.step += 1
+    progress.rows_seen += num_rows
+    progress.tokens_seen += result.num_tokens
+    progress.train_seconds += seconds
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+    if result.skipped:
+        progress.skipped_steps += 1
+        logger.warning("step %d: loss or gradient not finite; skipped on all ranks", progress.step)
+    if progress.skipped_in_a_row >= max_skipped:
+        raise PrlhfError(
+            f"train: {max_skipped} steps in a row without a finite loss and gradient, up to step "
+            f"{progress.step}; lower train.lr or train.user_lr, or look at the data"
+        )
+
+
+def _make_reference(job: Job, stop: StopFlag) -> Callable[[Batch], Any]:
+    if job.config.method == "sft":
+        return no_reference
+    if job.config.model.reference == "live":
+        return LiveReference(job.policy.reference)
+    return compute_reference_table(
+        job.policy.reference,
+        [row for row in job.rows if isinstance(row, TokenizedPair)],
+        pad_id=job.pad_id,
+        microbatch_tokens=job.config.train.microbatch_tokens,
+        autocast=job.autocast,
+        on_batch=stop.check,
+    )
+
+
+def _starting_checkpoint(config: Config, run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from; refuses one that belongs to another configuration."""
+    source = run_dir if resume in ("auto", "never") else Path(resume)
+    found = find_checkpoint(source)
+    if found is None and resume not in ("auto", "never"):
+        raise RunDirError(f"--resume {resume}: holds no checkpoint; give a run or checkpoint directory")
+    if found is None:
+        return None
+    if resume == "never":
+        raise RunDirError(f"{run_dir}: holds a checkpoint and --resume is never; choose another name= or resume")
+    changed = changed_keys(load_config(found / CONFIG), config)
+    refused = [key for key in changed if not any(key == k or key.startswith(k + ".") for k in MAY_CHANGE_ON_RESUME)]
+    if refused:
+        raise RunDirError(
+            *(f"{key}: differs from the run in {source}; set it back, or choose another name=" for key in refused)
+        )
+    for key in set(changed) & set(SCHEDULE_KEYS):
+        logger.warning("%s changed on resume: the learning-rate schedule changes with it", key)
+    return found
+
+
+def _is_unchanged(config: Config, run_dir: Path) -> bool:
+    return not set(changed_keys(load_config(run_dir / CONFIG), config)) - {"name"}
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT inside the context; looked at between steps and batches."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+
+    def __enter__(self) -> StopFlag:
+        self._before = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _set(self, number: int, frame: object) -> None:
+        self.is_set = True
+
+    def check(self) -> None:
+        """Between the batches of phases that keep no state of their own and are taken again on resume.
+
+        Raises: Preempted: once a signal has come.
+        """
+        if self.is_set:
+            raise Preempted("stopped by a signal; the same command goes on from the last checkpoint")

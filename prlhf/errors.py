@@ -1,0 +1,49 @@
+"""Errors that a user can cause and mend; each message is one line: what, where, what to do."""
+
+from __future__ import annotations
+
+
+class PrlhfError(ValueError):
+    """A user's mistake, or a state of the disk; printed without a traceback.
+
+    Args:
+        *messages: one line each, all that were found, not only the first.
+    """
+
+    exit_code = 2
+
+    def __init__(self, *messages: str) -> None:
+        self.messages = [" ".join(message.split("\n")) for message in messages]
+        super().__init__("\n".join(self.messages))
+
+
+class ConfigError(PrlhfError):
+    """The configuration is wrong: unknown key, wrong type, impossible combination."""
+
+
+class DataError(PrlhfError):
+    """The data is missing, malformed, or names an unknown user."""
+
+
+class ModelError(PrlhfError):
+    """The backbone or its tokenizer cannot be used."""
+
+
+class RunDirError(PrlhfError):
+    """The run directory is in use, unwritable, or belongs to another configuration."""
+
+
+class CheckpointError(PrlhfError):
+    """A checkpoint does not verify or does not fit the model."""
+
+
+class NoCheckpointError(CheckpointError):
+    """No checkpoint in the directory verifies."""
+
+    exit_code = 3
+
+
+class Preempted(Exception):
+    """A signal asked the run to stop; everything was saved."""
+
+    exit_code = 75

@@ -1,0 +1,1 @@
+"""Accuracy, win rates, judges and reports of a trained policy."""

@@ -1,0 +1,117 @@
+"""Reward accuracy of a policy on preference rows: with each user's own soft prompt, and with the generic one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prlhf.data.records import GENERIC_USER_ID, PreferenceRow
+from prlhf.data.tokenize import TokenizedPair
+from prlhf.evaluation.scoring import score_pair_responses
+from prlhf.models.policy import PersonalizedPolicy
+
+NUM_RESAMPLES = 1000
+LENGTH_GAP = 0.2
+
+
+@dataclass(frozen=True)
+class PairMargins:
+    """One entry a row; a row is answered right when its margin is above 0.
+
+    Args:
+        rows: N records.
+        individual: (N,) policy log-ratio margin over the reference's as the row's user, nats.
+        generic: the same as the generic user; equal to `individual` for policies without users.
+        reference: (N,) the reference's own log-prob margin.
+    """
+
+    rows: list[PreferenceRow]
+    individual: NDArray[np.float64]
+    generic: NDArray[np.float64]
+    reference: NDArray[np.float64]
+
+
+def score_pairs(
+    policy: PersonalizedPolicy,
+    rows: Sequence[PreferenceRow],
+    tokenized: Sequence[TokenizedPair],
+    *,
+    pad_id: int,
+    microbatch_tokens: int,
+    on_batch: Callable[[], None] = lambda: None,
+) -> PairMargins:
+    """Margins of every tokenized row, shared between ranks, each distinct sequence scored once.
+
+    Args:
+        rows: the records; `tokenized[i].row` indexes them (over-long or empty ones were dropped).
+        on_batch: called between batches; may raise to stop.
+    """
+    options: dict[str, Any] = {"pad_id": pad_id, "microbatch_tokens": microbatch_tokens, "on_batch": on_batch}
+    with policy.reference.active() as frozen:
+        reference = _margins(frozen, tokenized, None, **options)
+    own_ids = [row.user_id for row in tokenized]
+    generic_ids = None if policy.user_encoder is None else [GENERIC_USER_ID] * len(tokenized)
+    generic = _margins(policy, tokenized, generic_ids, **options)
+    unseen = generic_ids in (None, own_ids)
+    individual = generic if unseen else _margins(policy, tokenized, own_ids, **options)
+    return PairMargins([rows[row.row] for row in tokenized], individual - reference, generic - reference, reference)
+
+
+def _margins(
+    policy: PersonalizedPolicy, rows: Sequence[TokenizedPair], user_ids: Sequence[int] | None, **options: Any
+) -> NDArray[np.float64]:
+    """Log-prob of the chosen response minus that of the rejected one, (N,), the same on every rank."""
+    logps = score_pair_responses(policy, rows, user_ids, **options).double().numpy()
+    return logps[:, 0] - logps[:, 1]
+
+
+def summarize_accuracy(
+    margins: NDArray[np.float64], rows: Sequence[PreferenceRow], *, seed: int
+) -> dict[str, Any] | None:
+    """The accuracy block of `eval/final.json`; None without rows.
+
+    The interval resamples pairs, not rows: rows of several users over one pair are not independent.
+    """
+    if not rows:
+        return None
+    correct = (margins > 0).astype(np.float64)
+    by_user = user_accuracies(margins, rows)
+    return {
+        "mean": float(correct.mean()),
+        "ci95": bootstrap_interval(correct, [row.pair_id for row in rows], seed=seed),
+        "user_mean": float(np.mean(list(by_user.values()))),
+        "worst_user": min(by_user.values()),
+        "num_rows": len(rows),
+        "num_users": len(by_user),
+    }
+
+
+def user_accuracies(margins: NDArray[np.float64], rows: Sequence[PreferenceRow]) -> dict[str, float]:
+    """Share of each user's rows with a margin above 0, in order of first appearance."""
+    counts: dict[str, list[float]] = {}
+    for margin, row in zip(margins, rows, strict=True):
+        counts.setdefault(row.user_id, []).append(float(margin > 0))
+    return {user: float(np.mean(values)) for user, values in counts.items()}
+
+
+def bootstrap_interval(values: NDArray[np.float64], groups: Sequence[str], *, seed: int) -> list[float]:
+    """95% percentile interval of the mean of `values`, resampling whole groups."""
+    index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    members = np.array([index[group] for group in groups])
+    sums = np.bincount(members, weights=values)
+    sizes = np.bincount(members)
+    generator = np.random.default_rng(seed)
+    # One resample at a time: all of them at once would take gigabytes for a hundred thousand pairs.
+    draws = (generator.integers(len(index), size=len(index)) for _ in range(NUM_RESAMPLES))
+    means = [sums[draw].sum() / sizes[draw].sum() for draw in draws]
+    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
+
+
+def has_length_gap(row: PreferenceRow) -> bool:
+    """Whether the two responses' lengths differ by at least 20% of the longer one, in characters."""
+    lengths = sorted((len(row.chosen), len(row.rejected)))
+    return lengths[1] - lengths[0] >= LENGTH_GAP * lengths[1]

@@ -1,0 +1,250 @@
+"""Tables for the terminal and for Markdown, from `eval/final.json` files."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prlhf.errors import DataError
+
+COLUMN_WIDTH = 38
+NUM_SIDE_BY_SIDE = 3
+
+
+def make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it also reads well in a terminal; numbers to the right."""
+    cells = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        padded = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("| " + " | ".join(padded) + " |")
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    lines.insert(1, "| " + " | ".join(rule) + " |")
+    return "\n".join(lines)
+
+
+def format_run(final: Mapping[str, Any], run_dir: Path) -> str:
+    """The closing report of a run: figures, the table of users, three prompts answered for every user."""
+    parts = [
+        f"\n{final['experiment']}: method {final['method']}, user model {final['user_model']}, step {final['step']}, "
+        f"seed {final['seed']}, data {final['data']['source']}"
+    ]
+    if "accuracy" not in final:
+        dev = final.get("dev")
+        parts.append(
+            f"NLL per token on dev: {dev['nll_per_token']:.4f} ({dev['num_rows']} rows)" if dev else "no dev rows"
+        )
+    else:
+        parts.append(format_figures(final))
+        samples = run_dir / "samples" / "policy.jsonl"
+        if samples.is_file():
+            parts.append(_side_by_side(samples))
+    speed = final["throughput"]
+    parts.append(
+        f"training loop {final['seconds']:.0f} s ({speed['rows_per_s']:.1f} rows/s), "
+        f"set-up {final['seconds_setup']:.0f} s, evaluation {final['seconds_eval']:.0f} s, "
+        f"peak memory {speed['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+    parts.append(f"run directory: {run_dir}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def format_figures(final: Mapping[str, Any]) -> str:
+    """Accuracies, the table of users, and the quality of the text where it was sampled."""
+    return "\n\n".join(part for part in (_headline(final), _user_table(final), _text_line(final)) if part)
+
+
+def _headline(final: Mapping[str, Any]) -> str:
+    names = {
+        "seen": "seen users, own embedding",
+        "generic": "the same rows, generic user",
+        "unseen": "unseen users, generic user",
+    }
+    rows = [
+        [
+            label,
+            _share(block["mean"]),
+            _interval(block),
+            _share(block["worst_user"]),
+            str(block["num_rows"]),
+            str(block["num_users"]),
+        ]
+        for name, label in names.items()
+        if (block := final["accuracy"].get(name)) is not None
+    ]
+    if not rows:
+        return "no evaluation rows"
+    length_only = final.get("length_only") or {}
+    rows += [
+        [f"length alone, {name} users", _share(value), "", "", "", ""]
+        for name, value in length_only.items()
+        if value is not None
+    ]
+    return make_table(["reward accuracy", "mean", "95% interval", "worst user", "rows", "users"], rows)
+
+
+def _user_table(final: Mapping[str, Any]) -> str:
+    on_side, wins = final.get("on_side"), final.get("win_rate") or {}
+    header = ["user", "accuracy", "generic", "rows"]
+    if on_side:
+        header += ["on side", "reference's", "wins/ties/losses"]
+    rows = []
+    for user, figures in list(final["per_user"].items())[:40]:
+        row = [user, _share(figures["accuracy"]), _share(figures["generic_accuracy"]), str(figures["num_rows"])]
+        if on_side:
+            outcome = wins["per_user"][user]
+            row += [
+                _share(on_side[user]["policy"]),
+                _share(on_side[user]["reference"]),
+                f"{outcome['wins']}/{outcome['ties']}/{outcome['losses']}",
+            ]
+        rows.append(row)
+    if len(final["per_user"]) > len(rows):
+        rows.append([f"(+{len(final['per_user']) - len(rows)} more)", *[""] * (len(header) - 1)])
+    return make_table(header, rows) if rows else ""
+
+
+def _text_line(final: Mapping[str, Any]) -> str:
+    text = final.get("text")
+    if not text:
+        return ""
+    rows = [
+        [
+            name,
+            _share(text[name]["well_formed"]),
+            _share(text[name]["repeated_4grams"]),
+            _nll(text, name),
+            f"{text[name]['words']:.1f}",
+        ]
+        for name in ("policy", "reference")
+    ]
+    return make_table(
+        [f"text at T {text['temperature']:g}", "well-formed", "repeated 4-grams", "NLL/token", "words"], rows
+    )
+
+
+def _side_by_side(path: Path) -> str:
+    """The first prompts, answered for every user."""
+    answers: dict[str, dict[str, str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        prompt = sample["prompt"] if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"]
+        answers.setdefault(prompt, {})[sample["user_id"]] = sample["response"]
+    return "\n\n".join(format_answers(prompt, by_user) for prompt, by_user in list(answers.items())[:NUM_SIDE_BY_SIDE])
+
+
+def format_answers(prompt: str, by_user: Mapping[str, str]) -> str:
+    """One prompt and each user's answer below it, in columns, three users a row."""
+    blocks = [f"> {prompt}"]
+    users = list(by_user)[:12]
+    for start in range(0, len(users), 3):
+        group = users[start : start + 3]
+        columns = [[user, "-" * len(user), *textwrap.wrap(by_user[user], COLUMN_WIDTH)] for user in group]
+        height = max(len(column) for column in columns)
+        lines = [
+            "  ".join((column[i] if i < len(column) else "").ljust(COLUMN_WIDTH) for column in columns).rstrip()
+            for i in range(height)
+        ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def load_final(run_dir: Path) -> dict[str, Any]:
+    """A run's final evaluation.
+
+    Raises: DataError: the run has none yet.
+    """
+    path = run_dir / "eval" / "final.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: no such file; finish the run with prlhf train, or evaluate it with prlhf eval"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: not valid JSON ({error}); evaluate the run again with prlhf eval") from None
+
+
+def format_comparison(finals: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line a run: accuracies, on-side share, text quality; the untrained reference first where it was sampled."""
+    users = list(dict.fromkeys(user for final in finals.values() for user in final.get("per_user", {})))
+    shown = users if len(users) <= 8 else []
+    header = [
+        "run",
+        "users' model",
+        "accuracy",
+        "95% interval",
+        "worst user",
+        "generic",
+        "unseen",
+        "on side",
+        "NLL/token",
+        *shown,
+    ]
+    rows = _reference_row(finals, shown)
+    for name, final in finals.items():
+        accuracy, text = final["accuracy"], final.get("text")
+        unseen = accuracy["unseen"]
+        rows.append(
+            [
+                name,
+                final["user_model"],
+                _share(accuracy["seen"]["mean"]),
+                _interval(accuracy["seen"]),
+                _share(accuracy["seen"]["worst_user"]),
+                _share(accuracy["generic"]["mean"]),
+                _share(unseen["mean"]) if unseen else "-",
+                _mean_on_side(final, "policy"),
+                _nll(text, "policy"),
+                *[_share(final["per_user"][user]["accuracy"]) if user in final["per_user"] else "-" for user in shown],
+            ]
+        )
+    return make_table(header, rows)
+
+
+def _reference_row(finals: Mapping[str, Mapping[str, Any]], shown: Sequence[str]) -> list[list[str]]:
+    for final in finals.values():
+        block = final["accuracy"].get("reference_logps")
+        if block:
+            text = final.get("text")
+            return [
+                [
+                    "reference (by log-probs)",
+                    "none",
+                    _share(block["mean"]),
+                    _interval(block),
+                    _share(block["worst_user"]),
+                    "-",
+                    "-",
+                    _mean_on_side(final, "reference"),
+                    _nll(text, "reference"),
+                    *["-"] * len(shown),
+                ]
+            ]
+    return []
+
+
+def _mean_on_side(final: Mapping[str, Any], who: str) -> str:
+    on_side = final.get("on_side")
+    return _share(sum(user[who] for user in on_side.values()) / len(on_side)) if on_side else "-"
+
+
+def _nll(text: Mapping[str, Any] | None, who: str) -> str:
+    """Empty answers alone have no NLL."""
+    value = text[who]["nll_per_token"] if text else None
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _interval(block: Mapping[str, Any]) -> str:
+    return f"{block['ci95'][0]:.3f} to {block['ci95'][1]:.3f}"

@@ -1,0 +1,149 @@
+"""Generations of a policy for every user, and what a rule judge and the frozen reference say of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from prlhf.data.records import GENERIC_USER_ID, Prompt, prompt_record
+from prlhf.data.tokenize import TokenizedResponse
+from prlhf.evaluation.judges import RuleJudge, repeated_4gram_share
+from prlhf.evaluation.scoring import TokenSequence, score_sequences
+from prlhf.generation import SamplingOptions, generate
+from prlhf.models.policy import PersonalizedPolicy
+
+GENERIC = "generic"
+REFERENCE_SEED_OFFSET = 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer; `user_id` is whom it is judged for (and written for, if the policy has users)."""
+
+    user_id: str
+    prompt: Prompt
+    response: str
+    nll_per_token: float
+    num_tokens: int
+
+    def record(self) -> dict[str, Any]:
+        """As a JSON row; an empty answer has no NLL."""
+        nll = None if np.isnan(self.nll_per_token) else self.nll_per_token
+        return {**dataclasses.asdict(self), "prompt": prompt_record(self.prompt), "nll_per_token": nll}
+
+
+def sample_answers(
+    policy: PersonalizedPolicy,
+    prompts: Sequence[Prompt],
+    users: Sequence[str],
+    *,
+    options: SamplingOptions,
+    as_reference: bool,
+    max_prompt_tokens: int,
+    batch_rows: int,
+    score: Callable[..., list[Sample]],
+    on_batch: Callable[[], None] = lambda: None,
+) -> list[Sample]:
+    """Every user's answer to every prompt; from the reference when `as_reference`, which knows no user."""
+    pairs = [(user, prompt) for user in users for prompt in prompts]
+    settings: dict[str, Any] = {"max_prompt_tokens": max_prompt_tokens, "batch_rows": batch_rows, "on_batch": on_batch}
+    texts = [prompt for _, prompt in pairs]
+    if as_reference:
+        options = dataclasses.replace(options, seed=options.seed + REFERENCE_SEED_OFFSET)
+        with policy.reference.active() as frozen:
+            answers = generate(frozen, texts, None, options=options, **settings)
+    else:
+        answers = generate(
+            policy, texts, user_indices(policy, [user for user, _ in pairs]), options=options, **settings
+        )
+    return score([(user, prompt, answer) for (user, prompt), answer in zip(pairs, answers, strict=True)])
+
+
+def user_indices(policy: PersonalizedPolicy, users: Sequence[str]) -> list[int] | None:
+    """Row indices of user ids; "generic" is 0; None for a policy without users."""
+    if policy.user_encoder is None or policy.users is None:
+        return None
+    return [GENERIC_USER_ID if user == GENERIC else policy.users.index(user) for user in users]
+
+
+def score_under_reference(
+    policy: PersonalizedPolicy,
+    answers: Sequence[tuple[str, Prompt, str]],
+    tokenize: Callable[[Sequence[tuple[str, Prompt, str]]], list[TokenizedResponse]],
+    *,
+    pad_id: int,
+    microbatch_tokens: int,
+    on_batch: Callable[[], None] = lambda: None,
+) -> list[Sample]:
+    """NLL per token (EOS included) of each answer under the frozen reference; NaN for an empty answer."""
+    tokenized = tokenize(answers)
+    nll = np.full(len(answers), np.nan)
+    tokens = np.zeros(len(answers), dtype=np.int64)
+    with policy.reference.active() as frozen:
+        scores = score_sequences(
+            frozen,
+            [TokenSequence(row.prompt_ids, row.response_ids) for row in tokenized],
+            None,
+            pad_id=pad_id,
+            microbatch_tokens=microbatch_tokens,
+            on_batch=on_batch,
+        )
+    places = np.array([row.row for row in tokenized], dtype=np.int64)
+    nll[places] = (-scores.logps / scores.tokens).numpy()
+    tokens[places] = scores.tokens.numpy()
+    return [
+        Sample(user, prompt, answer, float(nll[i]), int(tokens[i])) for i, (user, prompt, answer) in enumerate(answers)
+    ]
+
+
+def judge_samples(samples: Sequence[Sample], judge: RuleJudge) -> dict[str, dict[str, Any]]:
+    """By user: share on the user's side, well-formed share, repeated 4-grams, words, NLL per token."""
+    by_user: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_user.setdefault(sample.user_id, []).append(sample)
+    return {
+        user: {
+            "on_side": float(np.mean([judge.on_side(s.response, user) for s in group])),
+            **text_quality(group, judge),
+        }
+        for user, group in by_user.items()
+    }
+
+
+def text_quality(samples: Sequence[Sample], judge: RuleJudge) -> dict[str, Any]:
+    """Whether generations are still text."""
+    nll = np.array([sample.nll_per_token for sample in samples])
+    return {
+        "well_formed": float(np.mean([judge.well_formed(sample.response) for sample in samples])),
+        "repeated_4grams": repeated_4gram_share([sample.response for sample in samples]),
+        "words": float(np.mean([len(sample.response.split()) for sample in samples])),
+        "nll_per_token": float(np.nanmean(nll)) if np.isfinite(nll).any() else None,
+        "empty": int(np.isnan(nll).sum()),
+        "num_samples": len(samples),
+    }
+
+
+def win_rates(
+    samples: Sequence[Sample], opponents: Sequence[Sample], judge: RuleJudge, *, opponent: str
+) -> dict[str, Any]:
+    """Wins, ties and losses, answer by answer to the same prompt for the same user.
+
+    A win: on the user's side where the other is not. `mean` counts a tie as half a win.
+    """
+    if [(s.user_id, s.prompt) for s in samples] != [(s.user_id, s.prompt) for s in opponents]:
+        raise ValueError("win_rates: the two lists answer different prompts or users; sample them with equal settings")
+    counts: dict[str, list[int]] = {}
+    for ours, theirs in zip(samples, opponents, strict=True):
+        outcome = judge.prefers(ours.response, theirs.response, ours.user_id)
+        counts.setdefault(ours.user_id, [0, 0, 0])[1 - outcome] += 1
+    per_user = {user: _rate(*outcome) for user, outcome in counts.items()}
+    total = [sum(column) for column in zip(*counts.values(), strict=True)]
+    return {"judge": "rule", "opponent": opponent, "rule": "a tie is half a win", **_rate(*total), "per_user": per_user}
+
+
+def _rate(wins: int, ties: int, losses: int) -> dict[str, Any]:
+    return {"wins": wins, "ties": ties, "losses": losses, "mean": (wins + ties / 2) / max(1, wins + ties + losses)}

@@ -1,0 +1,113 @@
+"""Files that survive a crash: written beside their place, flushed, renamed; directories sealed by a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from prlhf.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace a file so that a reader sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """As write_text_atomic, of indented JSON."""
+    write_text_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file of ours.
+
+    Raises: CheckpointError: missing or malformed.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; give a checkpoint directory or a run directory") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); use another checkpoint") from None
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def seal_directory(directory: Path) -> None:
+    """Flush every file and write the manifest (size and sha256 of each) last."""
+    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
+    entries = {}
+    for name in names:
+        path = directory / name
+        fsync_path(path)
+        entries[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    write_json_atomic(directory / MANIFEST, {"files": entries})
+
+
+def find_damage(directory: Path) -> list[str]:
+    """What is wrong with a sealed directory, one line a file; empty when every byte is as it was sealed."""
+    try:
+        entries = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [f"{directory / MANIFEST}: missing or malformed"]
+    damage = []
+    for name, (size, digest) in expected.items():
+        path = directory / name
+        if Path(name).name != name or path.is_symlink():
+            damage.append(f"{path}: not a plain file of this directory")
+        elif not path.is_file():
+            damage.append(f"{path}: missing")
+        elif path.stat().st_size != size:
+            damage.append(f"{path}: {path.stat().st_size} bytes, expected {size}")
+        elif sha256_of(path) != digest:
+            damage.append(f"{path}: content changed (sha256 differs)")
+    return damage
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Rename a sealed directory into its place and flush the parent."""
+    temporary.rename(final)
+    fsync_path(final.parent)
+
+
+def remove_directories(directories: Iterable[Path]) -> None:
+    """Delete directories with all they hold; one that is gone already is no error."""
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,18 @@
+"""The objectives of preference training: pure functions of tensors, one value a row, no reduction."""
+
+from prlhf.losses.dpo import dpo_loss
+from prlhf.losses.logps import response_logps, response_token_counts
+from prlhf.losses.pairwise import PAIRWISE_LOSSES, PairwiseKind, PreferenceLoss, compute_pairwise_losses
+from prlhf.losses.pdpo import PersonalizedLoss, pdpo_loss
+
+__all__ = [
+    "PAIRWISE_LOSSES",
+    "PairwiseKind",
+    "PersonalizedLoss",
+    "PreferenceLoss",
+    "compute_pairwise_losses",
+    "dpo_loss",
+    "pdpo_loss",
+    "response_logps",
+    "response_token_counts",
+]

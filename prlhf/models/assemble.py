@@ -1,0 +1,256 @@
+"""A policy put together from plain values, and read back from a checkpoint directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from prlhf.data.records import UserIndex
+from prlhf.errors import CheckpointError
+from prlhf.files import find_damage, read_json
+from prlhf.models.backbone import embedding_dim, hash_state, input_embedding, load_backbone, load_tokenizer
+from prlhf.models.lora import add_lora_, lora_state_dict
+from prlhf.models.policy import PersonalizedPolicy, Reference
+from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts
+from prlhf.usermodel import ClusterUserModel, IndividualUserModel, UniformUserModel, UserModel
+
+TRAINABLE = "trainable.safetensors"
+USERS = "users.safetensors"
+USER_IDS = "users.json"
+STATE = "state.json"
+
+UserKind: TypeAlias = Literal["none", "uniform", "individual", "cluster"]
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """Everything that decides a policy's shape and starting values; stored in every checkpoint.
+
+    Args:
+        lora_rank: None for full fine-tuning.
+        user_init: "vocabulary" (embeddings of tokens) or "uniform" (in [-user_init_range, user_init_range]).
+    """
+
+    backbone: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    lora_rank: int | None = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_targets: Literal["auto"] | tuple[str, ...] = "auto"
+    user_kind: UserKind = "none"
+    num_user_tokens: int = 10
+    num_clusters: int = 6
+    user_init: Literal["vocabulary", "uniform"] = "vocabulary"
+    user_init_range: float = 0.5
+
+
+def make_policy(spec: PolicySpec, user_ids: Sequence[str], *, tokenizer: Any = None) -> PersonalizedPolicy:
+    """The policy before its first step: its log-probs without soft prompt are the backbone's own.
+
+    The user encoder holds zeros until `init_user_encoder_` or `load_trained_` fills it.
+
+    Args:
+        user_ids: known users in the order of their rows; ignored for user_kind "none".
+        tokenizer: stands in for the backbone's own.
+    Raises: ModelError: the backbone or a LoRA target cannot be used.
+    """
+    backbone, own_tokenizer = load_backbone(spec.backbone, dtype=spec.dtype, seed=spec.seed)
+    users = UserIndex([] if spec.user_kind == "none" else user_ids)
+    user_encoder = _make_user_encoder(spec, num_users=len(users), dim=embedding_dim(backbone))
+    tokenizer = own_tokenizer if tokenizer is None else tokenizer
+    policy = PersonalizedPolicy(backbone, tokenizer, user_encoder=user_encoder, users=users)
+    policy.base_sha256 = hash_state(backbone)
+    if spec.lora_rank is not None:
+        add_lora_(
+            backbone,
+            rank=spec.lora_rank,
+            alpha=spec.lora_alpha,
+            dropout=spec.lora_dropout,
+            targets=spec.lora_targets,
+            seed=spec.seed,
+        )
+    return policy
+
+
+def _make_user_encoder(spec: PolicySpec, *, num_users: int, dim: int) -> UserModel | None:
+    sizes = {"num_users": num_users, "num_user_tokens": spec.num_user_tokens, "dim": dim}
+    if spec.user_kind == "none":
+        return None
+    if spec.user_kind == "cluster":
+        return ClusterUserModel(num_clusters=spec.num_clusters, **sizes)
+    return {"uniform": UniformUserModel, "individual": IndividualUserModel}[spec.user_kind](**sizes)
+
+
+@torch.no_grad()
+def init_user_encoder_(policy: PersonalizedPolicy, spec: PolicySpec, probes: Sequence[Sequence[int]]) -> None:
+    """Starting soft prompts; of several draws the mildest are kept.
+
+    A soft prompt moves the policy at step 0, by nats a response in a bad draw, and preference losses never repair that.
+
+    Args:
+        probes: token ids of a few texts of the job, at least one; they measure the disturbance. BOS first where there
+            is one, and two tokens or more.
+    """
+    assert policy.user_encoder is not None and min(map(len, probes)) > 1
+    generator = torch.Generator().manual_seed(spec.seed)
+    count = spec.num_clusters if spec.user_kind == "cluster" else 1
+    shape = (NUM_CANDIDATES * count, spec.num_user_tokens, policy.user_encoder.dim)
+    if spec.user_init == "uniform":
+        candidates = ((torch.rand(shape, generator=generator) * 2 - 1) * spec.user_init_range).to(policy.device)
+    else:
+        candidates = draw_vocabulary_prompts(
+            input_embedding(policy.backbone),
+            count=shape[0],
+            num_user_tokens=spec.num_user_tokens,
+            vocab_size=len(policy.tokenizer),
+            forbidden=set(policy.tokenizer.all_special_ids),
+            generator=generator,
+        ).float()
+    with policy.evaluating():
+        disturbance = torch.stack([_disturbance(policy, candidates, probe) for probe in probes]).mean(dim=0)
+    mildest = candidates[disturbance.argsort(stable=True)[:count].sort().values]
+    policy.user_encoder.init_(mildest if spec.user_kind == "cluster" else mildest[0])
+
+
+def _disturbance(policy: PersonalizedPolicy, candidates: Tensor, probe: Sequence[int]) -> Tensor:
+    """How far each candidate prompt moves the next-token distributions of a text: mean KL in nats, (count,)."""
+    text = policy.input_embeds(torch.tensor([list(probe)], device=policy.device), None)
+    plain = _next_token_logps(policy, text)[1:]
+    # One candidate at a time: the logits of all of them could be more than the model itself.
+    moved = (
+        _next_token_logps(policy, policy.soft_prompt(text, candidate[None]))[len(candidate) + 1 :]
+        for candidate in candidates
+    )
+    return torch.stack([(plain.exp() * (plain - other)).sum(-1).mean() for other in moved])
+
+
+def _next_token_logps(policy: PersonalizedPolicy, embeds: Tensor) -> Tensor:
+    """(L, V) of embeddings (1, L, D)."""
+    return policy.backbone(inputs_embeds=embeds, use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def trained_tensors(policy: PersonalizedPolicy, *, lora: bool) -> dict[str, Tensor]:
+    """The backbone's trained tensors: adapters under PEFT's names, or all weights under the model's own.
+
+    They share the parameters' storage.
+    """
+    if lora:
+        return lora_state_dict(policy.backbone)
+    return {name: parameter.detach() for name, parameter in policy.backbone.named_parameters()}
+
+
+@torch.no_grad()
+def load_trained_(policy: PersonalizedPolicy, directory: Path, *, lora: bool) -> None:
+    """Fill a policy made from the same spec with a checkpoint's tensors; all of them or none.
+
+    Raises: CheckpointError: missing, unexpected, misshapen or non-finite tensors, by name.
+    """
+    files = {directory / TRAINABLE: trained_tensors(policy, lora=lora)}
+    if policy.user_encoder is not None:
+        files[directory / USERS] = {name: value.detach() for name, value in policy.user_encoder.named_parameters()}
+    states = {path: read_tensors(path) for path in files}
+    wrong = [f"{path}: {line}" for path in files for line in _misfits(files[path], states[path])]
+    if wrong:
+        raise CheckpointError(*wrong)
+    for path, tensors in files.items():
+        for name, tensor in tensors.items():
+            tensor.copy_(states[path][name])
+
+
+def _misfits(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """What keeps a state from filling the tensors, a line each."""
+    missing = [f"{name}: missing; use another checkpoint" for name in sorted(expected.keys() - state.keys())]
+    unexpected = [f"{name}: unexpected; use another checkpoint" for name in sorted(state.keys() - expected.keys())]
+    other_kind = [
+        f"{name}: got {_kind(state[name])}, expected {_kind(expected[name])}; use another checkpoint"
+        for name in sorted(expected.keys() & state.keys())
+        if _kind(state[name]) != _kind(expected[name])
+    ]
+    return missing + unexpected + other_kind
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, finite.
+
+    Raises: CheckpointError: unreadable, or holding NaN or infinity.
+    """
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if bad:
+        raise CheckpointError(f"{path}: not finite: {', '.join(sorted(bad)[:5])}; use another checkpoint")
+    return state
+
+
+def load_policy(checkpoint_dir: str | Path, *, device: str = "cpu") -> PersonalizedPolicy:
+    """The trained policy of a checkpoint directory (or the newest one of a run directory), ready to score and answer.
+
+    The tokenizer is the checkpoint's own, so that a change of the backbone's leaves the policy as it was trained.
+
+    Raises: CheckpointError: damaged, or trained on another base model. ModelError: the backbone cannot be loaded.
+    """
+    directory = resolve_checkpoint(Path(checkpoint_dir))
+    damage = find_damage(directory)
+    if damage:
+        raise CheckpointError(*(f"{line}; use another checkpoint" for line in damage))
+    state = read_json(directory / STATE)
+    spec = spec_from_dict(state["policy"])
+    tokenizer = load_tokenizer(directory, str(directory))
+    policy = make_policy(spec, read_json(directory / USER_IDS)["user_ids"], tokenizer=tokenizer)
+    if policy.base_sha256 != state["base_sha256"]:
+        raise CheckpointError(
+            f"{directory}: trained on another base model than {spec.backbone!r} is now; restore its weights"
+        )
+    policy.to(device)
+    if spec.lora_rank is None:
+        policy.reference = Reference(policy, frozen_copy=True)
+    load_trained_(policy, directory, lora=spec.lora_rank is not None)
+    return policy.eval()
+
+
+def spec_to_dict(spec: PolicySpec) -> dict[str, Any]:
+    """The spec as JSON values."""
+    return dataclasses.asdict(spec)
+
+
+def spec_from_dict(values: dict[str, Any]) -> PolicySpec:
+    """The spec of `spec_to_dict`.
+
+    Raises: CheckpointError: keys this version does not know.
+    """
+    targets = values.get("lora_targets", "auto")
+    try:
+        return PolicySpec(**{**values, "lora_targets": targets if isinstance(targets, str) else tuple(targets)})
+    except TypeError as error:
+        raise CheckpointError(f"{STATE}: policy: {error}; written by another version of prlhf") from None
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """A checkpoint directory itself, or the newest complete one under a run directory.
+
+    Raises: CheckpointError: neither.
+    """
+    if (path / STATE).is_file():
+        return path
+    steps = sorted((path / "checkpoints").glob("step-[0-9]*"))
+    if not steps:
+        raise CheckpointError(
+            f"{path}: neither a checkpoint nor a run directory with checkpoints; "
+            "give runs/NAME or runs/NAME/checkpoints/step-00000100"
+        )
+    return steps[-1]

@@ -1,0 +1,174 @@
+"""Low-rank adapters in any backbone's linear layers, stored under PEFT's key names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from prlhf.errors import CheckpointError, ModelError
+
+PEFT_PREFIX = "base_model.model."
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer plus a trained low-rank term: base(x) + (alpha / rank) B A dropout(x).
+
+    A and B are float32 whatever the backbone's type; B starts at zero, so the layer starts as its base.
+
+    Args:
+        base: nn.Linear or transformers' Conv1D (GPT-2), whose weight is transposed.
+        rank: rows of A.
+        alpha: numerator of the scale.
+        dropout: share of inputs dropped before A while training.
+        generator: draws A; on the CPU, so that every device starts alike.
+    Source: Hu et al. 2021, arXiv:2106.09685.
+    """
+
+    def __init__(
+        self, base: nn.Linear | Conv1D, *, rank: int, alpha: float, dropout: float, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        num_outputs, num_inputs = (base.weight.T if isinstance(base, Conv1D) else base.weight).shape
+        lora_a = torch.empty(rank, num_inputs)
+        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
+        device = base.weight.device
+        self.base = base
+        self.lora_A = nn.Parameter(lora_a.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(num_outputs, rank, device=device))
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.scale = alpha / rank
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out), in the base layer's type; the base alone inside `adapters_disabled`."""
+        output = self.base(x)
+        if not self.enabled:
+            return output
+        low_rank = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)
+        return (output + F.linear(low_rank, self.lora_B) * self.scale).to(output.dtype)
+
+
+def add_lora_(
+    backbone: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Literal["auto"] | Sequence[str],
+    seed: int = 0,
+) -> list[str]:
+    """Freeze a backbone and wrap its linear layers, so that the adapters alone are trained.
+
+    Args:
+        rank: at least 1.
+        alpha: the low-rank term is scaled by alpha / rank.
+        dropout: in [0, 1), on the adapters' inputs.
+        targets: "auto", every linear layer inside the transformer blocks, never the embeddings or the output layer;
+            or names as in PEFT: a module's whole path or its last parts.
+        seed: of the draw of A.
+    Returns: paths of the wrapped modules, in the backbone's order.
+    Raises: ValueError: rank or dropout out of range. ModelError: targets that name no linear layer, or a backbone that
+        has adapters already.
+    """
+    if rank < 1:
+        raise ValueError(f"lora.rank: got {rank}, expected at least 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora.dropout: got {dropout}, expected at least 0 and below 1")
+    if _lora_layers(backbone):
+        raise ModelError("the backbone has LoRA adapters already; load it anew")
+    paths = _auto_paths(backbone) if targets == "auto" else _named_paths(backbone, targets)
+    backbone.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for path in paths:
+        base = cast("nn.Linear | Conv1D", backbone.get_submodule(path))
+        layer = LoraLinear(base, rank=rank, alpha=alpha, dropout=dropout, generator=generator)
+        backbone.set_submodule(path, layer.train(base.training))
+    return paths
+
+
+def lora_state_dict(backbone: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors, detached, under the names PEFT gives them in adapter_model.safetensors."""
+    return {key: parameter.detach() for key, parameter in _lora_parameters(backbone).items()}
+
+
+@torch.no_grad()
+def load_lora_state_dict_(backbone: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Fill the adapters of a backbone from tensors under PEFT's names; all of them or none.
+
+    Raises: CheckpointError: every key that is missing, unexpected or of another shape.
+    """
+    parameters = _lora_parameters(backbone)
+    wrong = [f"{key}: missing; the state has other lora targets than the model" for key in parameters.keys() - state]
+    wrong += [f"{key}: unexpected; the model has no adapter there" for key in state.keys() - parameters.keys()]
+    wrong += [
+        f"{key}: got {tuple(state[key].shape)}, expected {tuple(parameters[key].shape)}; check lora.rank"
+        for key in parameters.keys() & state.keys()
+        if state[key].shape != parameters[key].shape
+    ]
+    if wrong:
+        raise CheckpointError(*sorted(wrong))
+    for key, parameter in parameters.items():
+        parameter.copy_(state[key])
+
+
+@contextmanager
+def adapters_disabled(backbone: nn.Module) -> Iterator[None]:
+    """Inside, the backbone computes what it did before `add_lora_`, bitwise: the reference of preference training."""
+    layers = list(_lora_layers(backbone).values())
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def _lora_layers(backbone: nn.Module) -> dict[str, LoraLinear]:
+    return {path: module for path, module in backbone.named_modules() if isinstance(module, LoraLinear)}
+
+
+def _lora_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
+    parameters = {}
+    for path, layer in _lora_layers(backbone).items():
+        parameters[f"{PEFT_PREFIX}{path}.lora_A.weight"] = layer.lora_A
+        parameters[f"{PEFT_PREFIX}{path}.lora_B.weight"] = layer.lora_B
+    return parameters
+
+
+def _linear_paths(backbone: nn.Module) -> list[str]:
+    return [path for path, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def _auto_paths(backbone: nn.Module) -> list[str]:
+    # Every family keeps its blocks in a ModuleList, and the output layer and OPT's projections outside of it.
+    lists = tuple(f"{path}." for path, module in backbone.named_modules() if isinstance(module, nn.ModuleList))
+    paths = [path for path in _linear_paths(backbone) if path.startswith(lists)]
+    if not paths:
+        raise ModelError("lora.targets: 'auto' found no linear layer inside a block; name the layers or use lora: null")
+    return paths
+
+
+def _named_paths(backbone: nn.Module, targets: Sequence[str]) -> list[str]:
+    linear = _linear_paths(backbone)
+    matches = {target: {path for path in linear if f".{path}".endswith(f".{target}")} for target in targets}
+    names = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
+    unmatched = [
+        f"lora.targets: {target!r} names no linear layer; there are {names}"
+        for target, found in matches.items()
+        if not found
+    ]
+    if not targets:
+        unmatched = [f"lora.targets: got no name; there are {names}, and lora: null trains without adapters"]
+    if unmatched:
+        raise ModelError(*unmatched)
+    wanted = set().union(*matches.values())
+    return [path for path in linear if path in wanted]

@@ -1,0 +1,158 @@
+"""PersonalizedPolicy: one language model that answers each user in that user's way."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
+from prlhf.data.records import UserIndex
+from prlhf.losses import response_logps, response_token_counts
+from prlhf.models.backbone import input_embedding
+from prlhf.models.lora import adapters_disabled
+from prlhf.models.soft_prompt import SoftPromptAdapter
+from prlhf.usermodel import UserModel
+
+
+class ResponseLogps(NamedTuple):
+    """Summed log-probs (nats) and scored tokens of both responses of each row; all (B,)."""
+
+    chosen: Tensor
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+
+class PersonalizedPolicy(nn.Module):
+    """A causal LM, a user encoder, the soft-prompt adapter between them, and the frozen reference.
+
+    Every log-prob that training, evaluation and scoring use comes from `logps` or `sequence_logps`; a faster
+    arrangement of the same rows (packing, prefix sharing) belongs behind them.
+
+    Args:
+        backbone: any transformers causal LM, with or without LoRA inside.
+        tokenizer: the backbone's tokenizer; its BOS decides where the soft prompt goes.
+        user_encoder: user ids -> (B, T, D); None for methods without users.
+        users: string ids of the user encoder's rows.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        tokenizer: Any,
+        *,
+        user_encoder: UserModel | None = None,
+        users: UserIndex | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.user_encoder = user_encoder
+        self.users = users
+        self.soft_prompt = SoftPromptAdapter(
+            has_bos=tokenizer.bos_token_id is not None,
+            num_user_tokens=0 if user_encoder is None else user_encoder.num_user_tokens,
+        )
+        self.reference: Reference = Reference(self)
+        self.base_sha256 = ""  # of the backbone's weights before training, set by whoever loads them
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the backbone's weights."""
+        return next(self.backbone.parameters()).device
+
+    def input_embeds(self, input_ids: Tensor, user_ids: Tensor | None) -> Tensor:
+        """Embeddings of the sequence, with the users' soft prompts in their place.
+
+        Args:
+            input_ids: (N, L) int64, right-padded.
+            user_ids: (N / k,) int64 for k stacked blocks of the same users; None: no soft prompt.
+        Returns: (N, L + T, D), or (N, L, D) without soft prompt.
+        Raises: ValueError: user ids for a policy without users.
+        """
+        token_embeds = input_embedding(self.backbone)(input_ids)
+        if user_ids is None:
+            return token_embeds
+        if self.user_encoder is None:
+            raise ValueError("user_ids were given, but this policy has no user encoder; pass user_ids=None")
+        return self.soft_prompt(token_embeds, self.user_encoder(user_ids))
+
+    def sequence_logps(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Summed log-probs of the labelled tokens of each sequence of a batch.
+
+        No attention mask is needed: under causal attention no real token sees a pad on its right, and pads carry
+        no label. Logits exist from the first position on that scores a label in some row.
+
+        Args:
+            batch: N sequences (2B of a pair batch).
+            user_ids: as for `input_embeds`.
+        Returns: log-probs (N,) float32 in nats, scored tokens (N,) int64.
+        """
+        embeds = self.input_embeds(batch.input_ids, user_ids)
+        num_soft = embeds.shape[1] - batch.input_ids.shape[1]
+        # The soft prompt stands before every label, and a label is scored by the position before it.
+        first = max(num_soft + batch.num_unscored - 1, 0)
+        labels = F.pad(batch.labels, (num_soft, 0), value=IGNORE_INDEX)[:, first:]
+        logits = self.backbone(inputs_embeds=embeds, use_cache=False, logits_to_keep=labels.shape[1]).logits
+        return response_logps(logits, labels), response_token_counts(labels)
+
+    def logps(self, batch: PairBatch, user_ids: Tensor | None) -> ResponseLogps:
+        """Summed log-probs of both responses of each row.
+
+        Args:
+            batch: B rows.
+            user_ids: (B,) int64, 0 is the generic user; None: no soft prompt at all (reference, vanilla methods).
+        """
+        logps, tokens = self.sequence_logps(batch, user_ids)
+        chosen, rejected = logps.chunk(2)
+        chosen_tokens, rejected_tokens = tokens.chunk(2)
+        return ResponseLogps(chosen, rejected, chosen_tokens, rejected_tokens)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that training moves, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside: no dropout, no gradient, a working KV cache under gradient checkpointing; the mode is put back."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(was_training)
+
+
+class Reference:
+    """The starting policy, frozen: no soft prompt, no adapters.
+
+    Args:
+        policy: the policy to refer to, before its first step and on its device.
+        frozen_copy: False for LoRA: the same weights with adapters off, no second copy exists.
+            True for full fine-tuning: a frozen copy of the backbone as it is now.
+    """
+
+    def __init__(self, policy: PersonalizedPolicy, *, frozen_copy: bool = False) -> None:
+        self.frozen_copy = frozen_copy
+        if frozen_copy:
+            backbone = copy.deepcopy(policy.backbone).requires_grad_(False)
+            policy = PersonalizedPolicy(backbone, policy.tokenizer).eval()
+        self._policy = policy
+
+    @contextmanager
+    def active(self) -> Iterator[PersonalizedPolicy]:
+        """The policy whose weights are the reference's for as long as the context lasts; give it no user ids."""
+        with torch.no_grad(), adapters_disabled(self._policy.backbone):
+            yield self._policy
+
+    def sequence_logps(self, batch: PairBatch | ResponseBatch) -> tuple[Tensor, Tensor]:
+        """As PersonalizedPolicy.sequence_logps without users and without gradient."""
+        with self.active() as policy:
+            return policy.sequence_logps(batch, None)

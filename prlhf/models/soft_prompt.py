@@ -1,0 +1,63 @@
+"""Placement of the user's soft prompt in the sequence, and its starting value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+NUM_CANDIDATES = 8
+
+
+class SoftPromptAdapter(nn.Module):
+    """Puts a soft prompt right after BOS, or first when the tokenizer has no BOS.
+
+    The pads of a right-padded batch stay behind the text, so they never stand between soft prompt and text.
+
+    Args:
+        has_bos: whether every sequence starts with the tokenizer's BOS.
+        num_user_tokens: T, soft-prompt positions of each user; 0 for methods without users.
+    """
+
+    def __init__(self, *, has_bos: bool, num_user_tokens: int) -> None:
+        super().__init__()
+        self.num_bos = int(has_bos)
+        self.num_user_tokens = num_user_tokens
+
+    def forward(self, token_embeds: Tensor, soft_prompt: Tensor) -> Tensor:
+        """Join text and soft prompt.
+
+        Args:
+            token_embeds: (N, L, D) embeddings of [BOS] text.
+            soft_prompt: (N, T, D), or (N / k, T, D) for k stacked copies of the same users.
+        Returns: (N, L + T, D) in the dtype of `token_embeds`.
+        """
+        copies = token_embeds.shape[0] // soft_prompt.shape[0]
+        soft_prompt = soft_prompt.to(token_embeds.dtype).repeat(copies, 1, 1)
+        head, tail = token_embeds[:, : self.num_bos], token_embeds[:, self.num_bos :]
+        return torch.cat([head, soft_prompt, tail], dim=1)
+
+
+@torch.no_grad()
+def draw_vocabulary_prompts(
+    embedding: nn.Module,
+    *,
+    count: int,
+    num_user_tokens: int,
+    vocab_size: int,
+    forbidden: set[int],
+    generator: torch.Generator,
+) -> Tensor:
+    """Soft prompts made of the embeddings of random tokens, drawn with replacement.
+
+    Args:
+        embedding: called, never indexed: some families scale or project inside (Gemma, OPT).
+        vocab_size: tokens of the tokenizer; ids that the embedding has no row for are left out.
+        forbidden: ids never drawn.
+        generator: on the CPU, so that every device draws alike.
+    Returns: (count, T, D).
+    """
+    weight = next(embedding.parameters())
+    known = range(min(vocab_size, weight.shape[0]))
+    allowed = torch.tensor([token for token in known if token not in forbidden])
+    picks = torch.randint(len(allowed), (count, num_user_tokens), generator=generator)
+    return embedding(allowed[picks].to(weight.device))

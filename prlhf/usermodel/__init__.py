@@ -1,0 +1,8 @@
+"""User models: from a user's id to the soft prompt that stands for the user."""
+
+from prlhf.usermodel.base import UserContext, UserModel
+from prlhf.usermodel.cluster import ClusterUserModel
+from prlhf.usermodel.individual import IndividualUserModel
+from prlhf.usermodel.uniform import UniformUserModel
+
+__all__ = ["ClusterUserModel", "IndividualUserModel", "UniformUserModel", "UserContext", "UserModel"]

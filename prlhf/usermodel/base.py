@@ -1,0 +1,101 @@
+"""What every user model shares: sizes, the check of the ids, the gathering of rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class UserContext:
+    """What an encoder reads about each row's user, beside the id.
+
+    Args:
+        text_ids: (B, L) int64 token ids of the users' own texts.
+    """
+
+    text_ids: Tensor
+
+
+class UserModel(nn.Module, ABC):
+    """A soft prompt for each user; id 0 is the generic user, 1..num_users are known ones.
+
+    Parameters are zero until `init_` or `load_state_dict` fills them.
+
+    Args:
+        num_users: known users, the generic one not counted.
+        num_user_tokens: length T of the soft prompt.
+        dim: width D of the backbone's embeddings.
+    Raises: ValueError: a size below 1.
+    """
+
+    def __init__(self, *, num_users: int, num_user_tokens: int, dim: int) -> None:
+        super().__init__()
+        check_sizes(num_users=num_users, num_user_tokens=num_user_tokens, dim=dim)
+        self.num_users = num_users
+        self.num_user_tokens = num_user_tokens
+        self.dim = dim
+
+    def forward(self, user_ids: Tensor, context: UserContext | None = None) -> Tensor:
+        """Soft prompt of each row's user.
+
+        Args:
+            user_ids: (B,) int64, 0 (generic) to num_users.
+            context: for encoders; a model that is a table refuses one.
+        Returns: (B, T, D), differentiable.
+        Raises: ValueError: ids of another shape, type or range, or a context given to a table.
+        """
+        if context is not None:
+            raise ValueError(f"{type(self).__name__} is a table of users and reads no context; pass None")
+        if user_ids.dim() != 1 or user_ids.dtype != torch.int64:
+            raise ValueError(f"user_ids: got {tuple(user_ids.shape)} {user_ids.dtype}, expected (B,) torch.int64")
+        # One wait for the device; an id out of range would otherwise read another row or kill the device's context.
+        outside = (user_ids < 0) | (user_ids > self.num_users)
+        if outside.any():
+            wrong = sorted(set(user_ids[outside].tolist()))
+            raise ValueError(f"user_ids: got {wrong}, expected 0 (generic) to {self.num_users}; use 0 for a new user")
+        return self.soft_prompts(user_ids)
+
+    @abstractmethod
+    def soft_prompts(self, user_ids: Tensor) -> Tensor:
+        """Soft prompts (B, T, D) of ids (B,) already known to be in range."""
+
+    @abstractmethod
+    def init_(self, initial: Tensor) -> None:
+        """Set every parameter to its starting value.
+
+        Args:
+            initial: starting soft prompt (T, D), or one for each cluster (K, T, D).
+        Raises: ValueError: another shape.
+        """
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse a size below 1.
+
+    Raises: ValueError: naming the size.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, expected at least 1")
+
+
+def check_initial(initial: Tensor, expected: Tensor) -> None:
+    """Refuse a starting value of another shape: `copy_` would broadcast it.
+
+    Raises: ValueError: naming both shapes.
+    """
+    if initial.shape != expected.shape:
+        raise ValueError(f"initial: got {tuple(initial.shape)}, expected {tuple(expected.shape)}")
+
+
+def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a table: (N, ...) and (B,) int64 give (B, ...); touches no other row.
+
+    Through `embedding`, because the gradient of `table[rows]` adds repeated rows in an order that depends on threads.
+    """
+    return F.embedding(rows, table.flatten(1)).unflatten(1, table.shape[1:])

@@ -1,0 +1,53 @@
+"""What every test shares: one thread, no network, the optional data folder, and markers that skip themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis
+import pytest
+import torch
+
+from tests.tiny_run import tiny  # noqa: F401 (a fixture)
+
+hypothesis.settings.register_profile("prlhf", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("prlhf")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--forbid-skips", action="store_true", help="fail the run when a selected test was skipped")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    unmet = {
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+        "peer": None if importlib.util.find_spec("peft") else "needs peft: pip install -c constraints.txt peft",
+    }
+    for item in items:
+        for marker, reason in unmet.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--forbid-skips") and reporter is not None and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public data and tokenizers beside the repository; the test is skipped where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    return folder

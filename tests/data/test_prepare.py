@@ -1,0 +1,57 @@
+"""The arguments of `prlhf data prepare`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from prlhf.data.prepare import add_prepare_arguments, run_prepare
+from prlhf.data.prepared import load_prepared
+from prlhf.errors import DataError
+
+
+def prepare(*arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_prepare_arguments(parser)
+    return run_prepare(parser.parse_args(arguments))
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    records = [{"question": f"q{n}", "a": "x", "b": "y", "by": f"w{n % 4}"} for n in range(80)]
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return str(path)
+
+
+def test_the_command_prepares_a_file_and_says_what_it_wrote(
+    raw: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    columns = ("--map", "user_id=by", "prompt=question", "--map", "chosen=a", "rejected=b")
+    shares = ("--unseen-users", "0.25", "--eval-prompts", "0.5", "--seed", "7")
+    assert prepare("jsonl", "--raw", raw, "--out", str(out), *columns, *shares) == 0
+    data = load_prepared(out)
+    assert len(data.user_ids()) == 3 and len(data.eval_seen) + len(data.eval_unseen) == 40
+    left_out = 80 - sum(len(rows) for rows in (data.train, data.dev, data.eval_seen, data.eval_unseen))
+    printed = capsys.readouterr().out
+    assert f"train {len(data.train)}, dev {len(data.dev)}" in printed
+    assert f"unseen_user_on_training_prompt {left_out}\n" in printed
+
+
+def test_the_builtin_world_can_be_written_as_a_prepared_directory(tmp_path: Path) -> None:
+    assert prepare("builtin:psoups", "--out", str(tmp_path / "out"), "--seed", "5") == 0
+    assert load_prepared(tmp_path / "out").user_ids() == ["P1A", "P1B", "P2A", "P2B", "P3A", "P3B"]
+
+
+def test_options_of_another_format_are_refused(raw: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with pytest.raises(DataError, match="prepare psoups: --map, --drop, --opposed are for jsonl only"):
+        prepare("psoups", "--raw", raw, "--out", out, "--map", "user_id=by")
+    with pytest.raises(DataError, match="prepare jsonl: --min-judgments, --max-users, --hold-out are for convarg only"):
+        prepare("jsonl", "--raw", raw, "--out", out, "--max-users", "3")
+    with pytest.raises(DataError, match="prepare convarg: no --raw PATH"):
+        prepare("convarg", "--out", out)

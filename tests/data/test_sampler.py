@@ -1,0 +1,56 @@
+"""The order of rows: every row once an epoch, the same whatever the world size or the step one starts from."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prlhf.data.sampler import cut_microbatches, global_batch, num_steps_per_epoch, shard
+
+SIZES = {"num_rows": st.integers(1, 40), "batch_rows": st.integers(1, 12)}
+
+
+@given(**SIZES, seed=st.integers(0, 2**32), epoch=st.integers(0, 3))
+def test_an_epoch_shows_every_row_once_and_only_its_last_batch_is_smaller(
+    num_rows: int, batch_rows: int, seed: int, epoch: int
+) -> None:
+    steps = num_steps_per_epoch(num_rows, batch_rows)
+    batches = [
+        global_batch(step, num_rows=num_rows, batch_rows=batch_rows, seed=seed)
+        for step in range(epoch * steps, (epoch + 1) * steps)
+    ]
+    assert sorted(row for batch in batches for row in batch) == list(range(num_rows))
+    assert all(len(batch) == batch_rows for batch in batches[:-1]) and 1 <= len(batches[-1]) <= batch_rows
+
+
+def test_epochs_and_seeds_have_orders_of_their_own_and_a_step_is_a_pure_function() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return global_batch(epoch, num_rows=100, batch_rows=100, seed=seed)
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(rows) for rows in orders}) == 4
+    assert orders[3] == order(1, 1)
+    assert all(rows != sorted(rows) for rows in orders)
+
+
+@given(num_rows=st.integers(0, 40), world_size=st.integers(1, 9))
+def test_shards_are_contiguous_cover_the_batch_and_differ_by_at_most_one_row(num_rows: int, world_size: int) -> None:
+    batch = list(range(100, 100 + num_rows))
+    shards = [shard(batch, rank, world_size) for rank in range(world_size)]
+    assert [row for rows in shards for row in rows] == batch
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+@given(st.lists(st.integers(1, 30), max_size=25), st.integers(1, 60))
+def test_microbatches_hold_every_row_once_within_the_padded_budget(lengths: list[int], budget: int) -> None:
+    microbatches = cut_microbatches(range(len(lengths)), lengths.__getitem__, budget)
+    assert sorted(row for rows in microbatches for row in rows) == list(range(len(lengths)))
+    for rows in microbatches:
+        assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= budget
+    flat = [lengths[row] for rows in microbatches for row in rows]
+    assert flat == sorted(lengths, reverse=True)
+
+
+def test_microbatches_are_as_full_as_the_budget_allows() -> None:
+    lengths = {3: 30, 4: 40, 5: 50, 6: 10, 7: 10}
+    assert cut_microbatches([3, 4, 5, 6, 7], lengths.__getitem__, 80) == [[5], [4, 3], [6, 7]]

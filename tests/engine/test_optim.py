@@ -1,0 +1,87 @@
+"""Groups of parameters and their rates, the schedule, the clip."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from prlhf.engine.build import build_job
+from prlhf.engine.optim import clip_gradients_, make_optimizer, set_learning_rate_, warmup_cosine
+from tests.tiny_run import Tiny
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float, int]]:
+    return {
+        group["name"]: (group["lr"], group["weight_decay"], len(group["params"])) for group in optimizer.param_groups
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # 7 linear layers in each of 2 blocks, A and B each
+        ("individual", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 2)}),
+        ("uniform", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1)}),
+        ("cluster", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1), "cluster_weights": (0.03, 0.0, 1)}),
+    ],
+)
+def test_each_part_has_its_rate_and_only_the_model_decays(
+    tiny: Tiny, kind: str, expected: dict[str, tuple[float, float, int]]
+) -> None:
+    config = tiny.config(
+        user__kind=kind, train__lr=0.01, train__user_lr=0.02, train__cluster_lr=0.03, train__weight_decay=0.2
+    )
+    job = build_job(config)
+    assert groups_of(job.optimizer) == expected
+    in_groups = {id(parameter) for group in job.optimizer.param_groups for parameter in group["params"]}
+    assert in_groups == {id(parameter) for parameter in job.policy.parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("method", ["dpo", "sft"])
+def test_full_fine_tuning_without_users_is_one_group_of_the_whole_backbone(tiny: Tiny, method: str) -> None:
+    job = build_job(tiny.config(method=method, model__lora=None))
+    assert groups_of(job.optimizer) == {"model": (0.01, 0.0, len(list(job.policy.backbone.parameters())))}
+
+
+def test_schedule_moves_every_group_by_the_same_factor() -> None:
+    parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("w", "user_encoder.generic", "user_encoder.weights")}
+    optimizer = make_optimizer(parameters, lr=1.0, user_lr=10.0, cluster_lr=100.0, weight_decay=0.0)
+    for factor in (0.5, 0.25):  # of the base rate, not of the last one
+        set_learning_rate_(optimizer, factor)
+        assert [group["lr"] for group in optimizer.param_groups] == [factor, 10 * factor, 100 * factor]
+
+
+def test_warmup_cosine_follows_the_formula() -> None:
+    """Warm-up (step + 1) / 4; then (1 + cos(pi * (step - 4) / 8)) / 2: 1 at step 4, 1/2 at 8, 0 at 12."""
+    factors = [warmup_cosine(step, warmup_steps=4, max_steps=12) for step in range(13)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[6] == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert factors[8] == pytest.approx(0.5)
+    assert factors[10] == pytest.approx((1 - math.sqrt(0.5)) / 2)
+    assert factors[12] == pytest.approx(0.0)
+
+
+def test_no_warmup_starts_at_the_full_rate() -> None:
+    assert warmup_cosine(0, warmup_steps=0, max_steps=10) == 1.0
+
+
+def test_a_run_shorter_than_its_warmup_is_all_warmup() -> None:
+    assert [warmup_cosine(step, warmup_steps=4, max_steps=2) for step in range(2)] == [0.25, 0.5]
+
+
+def test_clip_scales_all_gradients_by_the_global_norm() -> None:
+    parameters = [nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))]
+    for parameter, gradient in zip(parameters, (3.0, 4.0), strict=True):
+        parameter.grad = torch.tensor([gradient])
+    assert float(clip_gradients_(parameters, 1.0)) == pytest.approx(5.0)
+    assert [parameter.grad.item() for parameter in parameters] == pytest.approx([0.6, 0.8], abs=1e-5)
+
+
+def test_clip_leaves_a_small_gradient_alone() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([0.3, 0.4])
+    assert float(clip_gradients_([parameter], 1.0)) == pytest.approx(0.5)
+    assert parameter.grad.tolist() == pytest.approx([0.3, 0.4])

@@ -1,0 +1,162 @@
+"""Tables read well and hold the figures they are given."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prlhf.errors import DataError
+from prlhf.evaluation.report import (
+    format_answers,
+    format_comparison,
+    format_figures,
+    format_run,
+    load_final,
+    make_table,
+)
+
+
+def block(mean: float, worst: float = 0.25) -> dict[str, Any]:
+    return {
+        "mean": mean, "ci95": [mean - 0.1, mean + 0.1], "user_mean": mean, "worst_user": worst, "num_rows": 8,
+        "num_users": 2,
+    }
+
+
+def text_block(nll: float | None) -> dict[str, Any]:
+    return {"well_formed": 0.9, "repeated_4grams": 0.05, "words": 12.34, "nll_per_token": nll}
+
+
+def final_of(**changes: Any) -> dict[str, Any]:
+    return {
+        "experiment": "exp", "method": "pdpo", "user_model": "individual", "step": 7, "seed": 3,
+        "data": {"source": "somewhere", "seed": 0},
+        "accuracy": {
+            "seen": block(0.75), "generic": block(0.5), "unseen": block(0.625), "reference_logps": block(0.375),
+        },
+        "per_user": {
+            "ann": {"accuracy": 1.0, "generic_accuracy": 0.5, "num_rows": 4},
+            "bob": {"accuracy": 0.25, "generic_accuracy": 0.75, "num_rows": 4},
+        },
+        "win_rate": None, "on_side": None, "text": None,
+        "throughput": {
+            "rows_per_s": 12.0, "tokens_per_s": 99.0, "peak_memory_bytes": 2**30, "peak_device_bytes": 0
+        },
+        "seconds": 61.0, "seconds_setup": 2.0, "seconds_eval": 3.0,
+        **changes,
+    }
+
+
+def judged() -> dict[str, Any]:
+    outcome = {"wins": 5, "ties": 1, "losses": 2, "mean": 0.6875}
+    return {
+        "win_rate": {**outcome, "judge": "rule", "opponent": "reference", "per_user": {"ann": outcome, "bob": outcome}},
+        "on_side": {"ann": {"policy": 0.8, "reference": 0.4}, "bob": {"policy": 0.6, "reference": 0.2}},
+        "text": {"temperature": 0.7, "policy": text_block(1.5), "reference": text_block(2.5)},
+    }
+
+
+def cells(text: str) -> list[list[str]]:
+    """Rows of all Markdown tables in a text, without the rules."""
+    rows = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows if not set("".join(row)) <= set("-: ")]
+
+
+def test_a_table_is_markdown_with_numbers_to_the_right() -> None:
+    assert make_table(["name", "n"], [["a", "1"], ["bcdef", "100"]]) == (
+        "| name  |   n |\n| ----- | --: |\n| a     |   1 |\n| bcdef | 100 |"
+    )
+
+
+def test_figures_show_each_block_and_each_user() -> None:
+    rows = cells(format_figures(final_of()))
+    assert ["seen users, own embedding", "0.750", "0.650 to 0.850", "0.250", "8", "2"] in rows
+    assert ["the same rows, generic user", "0.500", "0.400 to 0.600", "0.250", "8", "2"] in rows
+    assert ["unseen users, generic user", "0.625", "0.525 to 0.725", "0.250", "8", "2"] in rows
+    assert ["ann", "1.000", "0.500", "4"] in rows
+    assert ["bob", "0.250", "0.750", "4"] in rows
+
+
+def test_judged_answers_add_columns_and_the_quality_of_the_text() -> None:
+    rows = cells(format_figures(final_of(**judged())))
+    assert ["ann", "1.000", "0.500", "4", "0.800", "0.400", "5/1/2"] in rows
+    assert ["policy", "0.900", "0.050", "1.500", "12.3"] in rows
+    assert ["reference", "0.900", "0.050", "2.500", "12.3"] in rows
+
+
+def test_without_evaluation_rows_it_says_so() -> None:
+    empty = dict.fromkeys(("seen", "generic", "unseen", "reference_logps"))
+    assert "no evaluation rows" in format_figures(final_of(accuracy=empty, per_user={}))
+
+
+def test_answers_that_are_all_empty_have_a_dash_for_their_nll() -> None:
+    text = {"temperature": 0.7, "policy": text_block(None), "reference": text_block(2.5)}
+    final = final_of(**{**judged(), "text": text})
+    assert ["policy", "0.900", "0.050", "-", "12.3"] in cells(format_figures(final))
+    assert "-" in cells(format_comparison({"run": final}))[-1]
+
+
+def test_many_users_are_cut_aloud() -> None:
+    users = {f"u{i}": {"accuracy": 1.0, "generic_accuracy": 1.0, "num_rows": 1} for i in range(50)}
+    rows = cells(format_figures(final_of(per_user=users)))
+    assert rows[-1][0] == "(+10 more)"
+
+
+def test_a_run_is_reported_with_its_answers_side_by_side(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    records = [
+        {"user_id": user, "prompt": prompt, "response": f"{user} on {prompt}"}
+        for user in ("ann", "bob") for prompt in ("one", "two", "three", "four")
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "samples" / "policy.jsonl").write_text(lines)
+    text = format_run(final_of(), tmp_path)
+    assert "exp: method pdpo, user model individual, step 7, seed 3, data somewhere" in text
+    assert "> three" in text and "> four" not in text, "three prompts"
+    (row,) = [line for line in text.splitlines() if "ann on one" in line]
+    assert "bob on one" in row, "two users in one row"
+    assert "61 s (12.0 rows/s)" in text and "1.00 GiB" in text
+    assert f"run directory: {tmp_path}" in text
+
+
+@pytest.mark.parametrize(
+    ("dev", "expected"),
+    [({"nll_per_token": 1.23456, "num_rows": 9}, "NLL per token on dev: 1.2346 (9 rows)"), (None, "no dev rows")],
+)
+def test_sft_reports_its_nll(tmp_path: Path, dev: dict[str, Any] | None, expected: str) -> None:
+    final = final_of(method="sft", dev=dev)
+    del final["accuracy"], final["per_user"]
+    assert expected in format_run(final, tmp_path)
+
+
+def test_answers_stand_in_columns_three_users_a_row() -> None:
+    text = format_answers("Why?", {"a": "one " * 20, "b": "two", "c": "three", "d": "four"})
+    lines = text.splitlines()
+    assert lines[0] == "> Why?"
+    assert [line.split() for line in lines if line.startswith(("a ", "d"))] == [["a", "b", "c"], ["d"]]
+    assert all(len(line) <= 120 for line in lines)
+
+
+def test_a_comparison_has_a_line_a_run_and_the_reference_first() -> None:
+    vanilla = final_of(user_model="none", accuracy={**final_of()["accuracy"], "unseen": None})
+    rows = cells(format_comparison({"mine": final_of(**judged()), "vanilla": vanilla}))
+    header, *lines = rows
+    assert header[-2:] == ["ann", "bob"]
+    assert [line[0] for line in lines] == ["reference (by log-probs)", "mine", "vanilla"]
+    mine = dict(zip(header, lines[1], strict=True))
+    assert (mine["accuracy"], mine["generic"], mine["unseen"]) == ("0.750", "0.500", "0.625")
+    assert (mine["on side"], mine["NLL/token"], mine["bob"]) == ("0.700", "1.500", "0.250")
+    assert lines[0][2] == "0.375" and lines[0][7] == "0.300"
+    assert lines[2][6] == "-"
+
+
+def test_a_run_without_evaluation_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"final.json: no such file; finish the run"):
+        load_final(tmp_path)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "final.json").write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        load_final(tmp_path)

@@ -1,0 +1,44 @@
+"""Every shipped experiment is a configuration that the schema takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prlhf.config import config_from_dict, config_to_dict, load_config
+
+
+def base_of(path: Path) -> Path:
+    return path.with_name(path.stem.split("_")[0] + ".yaml")
+
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = sorted(ROOT.glob("experiments/**/*.yaml"))
+VARIANTS = [path for path in EXPERIMENTS if "_" in path.stem and base_of(path).is_file()]
+
+
+def test_there_are_experiments() -> None:
+    names = {path.stem for path in EXPERIMENTS}
+    assert {"psoups", "psoups_vanilla", "psoups_cluster", "builtin_base"} <= names
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_experiment_parses(path: Path) -> None:
+    config = load_config(path)
+    assert config_from_dict(config_to_dict(config), "the same as a dict") == config
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_experiment_is_named_after_its_file(path: Path) -> None:
+    """`make eval EXP=psoups` looks for runs/psoups."""
+    assert load_config(path).name == path.stem
+
+
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
+def test_variants_differ_from_their_experiment_in_method_and_users_alone(path: Path) -> None:
+    variant, original = (config_to_dict(load_config(each)) for each in (path, base_of(path)))
+    for part in ("seed", "data", "model", "eval"):
+        assert variant[part] == original[part], part
+    assert variant["loss"]["beta"] == original["loss"]["beta"]
+    assert variant["train"]["batch_rows"] == original["train"]["batch_rows"]

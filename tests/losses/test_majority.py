@@ -1,0 +1,102 @@
+"""Lemma 3.1 of arXiv:2402.05133, tabular: a vanilla model votes with the majority, a personalized one does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from prlhf.losses import dpo_loss, pdpo_loss
+from prlhf.usermodel import IndividualUserModel
+
+BETA = 0.5
+
+
+def _minimise(parameters: list[Tensor], loss) -> None:
+    """Full-batch L-BFGS with a line search: no learning rate to choose, and a flat gradient at the end."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+
+
+def _logps_of_choice(scores: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of the preferred and of the other response: scores (B, 2) over two responses, choices (B,) 0 or 1."""
+    logps = scores.log_softmax(dim=1)
+    return logps.gather(1, choices[:, None])[:, 0], logps.gather(1, 1 - choices[:, None])[:, 0]
+
+
+def _reference(num_rows: int) -> Tensor:
+    """Log-probs of a policy that answers 0.3 / 0.7, the same on each row: (B, 2)."""
+    return torch.tensor([[0.3, 0.7]], dtype=torch.float64).log().expand(num_rows, 2)
+
+
+def _vanilla_margin(choices: Tensor) -> float:
+    """beta times the margin of response 0 over response 1 that vanilla DPO learns from these choices."""
+    scores = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    reference = _logps_of_choice(_reference(len(choices)), choices)
+
+    def loss() -> Tensor:
+        policy = _logps_of_choice(scores.expand(len(choices), 2), choices)
+        return dpo_loss(*policy, *reference, beta=BETA).losses.mean()
+
+    _minimise([scores], loss)
+    ratios = scores.detach().log_softmax(dim=1)[0] - _reference(1)[0]
+    return (BETA * (ratios[0] - ratios[1])).item()
+
+
+@pytest.mark.parametrize("num_first", [1, 3, 5, 6, 9])
+def test_vanilla_dpo_learns_the_share_of_the_users(num_first):
+    """Ten users judge one pair: sigmoid(reward gap) = the share that prefers the first response."""
+    choices = torch.tensor([0] * num_first + [1] * (10 - num_first))
+    learnt = torch.tensor(_vanilla_margin(choices)).sigmoid().item()
+    assert learnt == pytest.approx(num_first / 10, abs=1e-4)
+
+
+def test_vanilla_dpo_is_undecided_between_two_opposed_users():
+    """Share 1/2: the reward gap is 0, each user's accuracy is a coin's."""
+    assert _vanilla_margin(torch.tensor([0, 1])) == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_first", [1, 3])
+def test_vanilla_dpo_fails_every_user_of_the_minority(num_first):
+    """1 or 3 of 4 users prefer the first response: the majority's accuracy is 1, the minority's is 0."""
+    choices = torch.tensor([0] * num_first + [1] * (4 - num_first))
+    preferred = 0 if _vanilla_margin(choices) > 0 else 1
+    assert [int(choice == preferred) for choice in choices.tolist()] == [int(num_first == 3)] * num_first + [
+        int(num_first == 1)
+    ] * (4 - num_first)
+
+
+def test_pdpo_serves_two_users_of_opposite_taste():
+    """Both judge the same four pairs and disagree on each; a user's soft prompt is that user's table of scores."""
+    num_pairs = 4
+    users = IndividualUserModel(num_users=2, num_user_tokens=num_pairs, dim=2).double()
+    user_ids = torch.tensor([1, 2]).repeat_interleave(num_pairs)
+    pairs = torch.arange(num_pairs).repeat(2)
+    taste = torch.tensor([0, 1, 1, 0])
+    choices = torch.cat([taste, 1 - taste])
+    reference = _logps_of_choice(_reference(len(choices)), choices)
+
+    def rewards(ids: Tensor) -> tuple[Tensor, Tensor]:
+        return _logps_of_choice(users(ids)[torch.arange(len(ids)), pairs], choices)
+
+    def out():
+        return pdpo_loss(*rewards(user_ids), *rewards(torch.zeros_like(user_ids)), *reference, alpha=0.5, beta=BETA)
+
+    optimizer = torch.optim.SGD(users.parameters(), lr=1.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        out().losses.sum().backward()
+        optimizer.step()
+    individual = (out().individual.chosen_rewards > out().individual.rejected_rewards).double()
+    assert individual[user_ids == 1].mean().item() == 1.0
+    assert individual[user_ids == 2].mean().item() == 1.0
+    gap = out().generic.chosen_rewards - out().generic.rejected_rewards
+    # The generic user sees both tastes at share 1/2.
+    torch.testing.assert_close(gap, torch.zeros_like(gap), rtol=0, atol=1e-3)

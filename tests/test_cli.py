@@ -1,0 +1,386 @@
+"""The commands from end to end, and one plain line for each mistake."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from prlhf.cli import main
+from prlhf.engine import launch
+from prlhf.engine import trainer as trainer_module
+from prlhf.engine.run_dir import RunDir
+from tests.cli_run import Run
+from tests.tiny_run import Tiny, at_step, checkpoints, read_status, snapshot, stop_signal, write_data, write_jsonl
+
+
+@pytest.fixture
+def run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(tiny, tmp_path, capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with finished runs `tiny` (pdpo) and `vanilla` (dpo)."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, settings in {"tiny": {}, "vanilla": {"method": "dpo"}}.items():
+        config = tiny.write_config(folder / f"{name}.yaml", name=name, train__max_steps=2, **settings)
+        assert main(["train", config, "--runs", str(folder)]) == 0
+    return folder
+
+
+# --- commands -------------------------------------------------------------------------------------------------------
+
+
+def test_train_prints_the_table_and_leaves_the_documented_files(run: Run) -> None:
+    code, out, _ = run.train("train.max_steps=2", "eval.generate=1")
+    assert code == 0
+    assert "seen users, own embedding" in out
+    assert "> Tell me about snow" in out, "a prompt answered for every user"
+    run_dir = run.runs / "tiny"
+    present = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
+    assert present >= {
+        "config.yaml", "env.json", "metrics.jsonl", "STATUS.json", "eval/final.json", "samples/policy.jsonl",
+        "samples/reference.jsonl", "checkpoints/step-00000002/manifest.json",
+    }
+    assert read_status(run_dir)["status"] == "finished"
+
+
+def test_options_and_overrides_may_stand_anywhere(run: Run) -> None:
+    config = run.config()
+    assert run("train", "--runs", run.runs, config, "train.max_steps=1", "--resume", "never", "name=x")[0] == 0
+    assert checkpoints(run.runs / "x") == ["step-00000001"]
+
+
+def test_training_twice_says_that_nothing_is_left_to_do(run: Run) -> None:
+    _, first, _ = run.train("train.max_steps=1")
+    before = snapshot(run.runs)
+    code, second, _ = run.train("train.max_steps=1")
+    assert (code, second) == (0, first)
+    assert snapshot(run.runs) == before
+
+
+def test_a_signal_exits_with_75_and_the_same_command_goes_on(run: Run) -> None:
+    with at_step(1, stop_signal):
+        code, _, err = run.train()
+    assert code == 75
+    assert "stopped by a signal at step 2; saved" in err
+    assert read_status(run.runs / "tiny")["status"] == "preempted"
+    assert run.train()[0] == 0
+
+
+def test_a_dry_run_writes_nothing(run: Run, tmp_path: Path) -> None:
+    config = run.config()
+    before = snapshot(tmp_path)
+    code, out, _ = run("train", config, "--dry-run", "train.batch_rows=8", "--runs", run.runs)
+    assert code == 0
+    assert "batch_rows: 8" in out and "nothing was written" in out
+    assert snapshot(tmp_path) == before
+    assert not run.runs.exists()
+
+
+def test_eval_repeats_the_final_figures(run: Run, trained: Path, tmp_path: Path) -> None:
+    code, out, _ = run("eval", trained / "tiny", "--out", tmp_path / "figures.json")
+    assert code == 0 and "seen users, own embedding" in out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    final = json.loads((trained / "tiny" / "eval" / "final.json").read_text())
+    for name in ("accuracy", "per_user", "per_unseen_user", "slices"):
+        assert figures[name] == final[name], name
+
+
+def test_eval_on_other_data_reports_unknown_users_as_unseen(run: Run, trained: Path, tmp_path: Path) -> None:
+    data = write_data(tmp_path / "other")
+    for path in data.iterdir():
+        path.write_text(path.read_text().replace('"bob"', '"zoe"'))
+    checkpoint = trained / "tiny" / "checkpoints" / "step-00000002"
+    arguments = ("eval", checkpoint, "eval.generate=1", "--data", data, "--out", tmp_path / "figures.json")
+    assert run(*arguments)[0] == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures["per_user"]) == {"ann"}
+    assert set(figures["per_unseen_user"]) == {"cat", "zoe"}
+
+
+def test_generate_answers_every_prompt_for_every_user(run: Run, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Why?\n\nHow, then?\n")
+    out = tmp_path / "answers.jsonl"
+    arguments = ("generate", trained / "tiny", "--prompts", tmp_path / "prompts.txt", "--out", out)
+    assert run(*arguments, "--max-new-tokens", "4")[0] == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["user_id"], row["prompt"]) for row in rows] == [
+        (user, prompt) for user in ("ann", "bob") for prompt in ("Why?", "How, then?")
+    ]
+    assert all(isinstance(row["response"], str) for row in rows)
+    assert run(*arguments, "--max-new-tokens", "4", "--users", "bob,generic")[0] == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["user_id"] for row in rows] == ["bob", "bob", "generic", "generic"]
+
+
+def test_generate_reads_jsonl_and_a_policy_without_users_answers_generically(
+    run: Run, trained: Path, tmp_path: Path
+) -> None:
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Why?"}])
+    out = tmp_path / "answers.jsonl"
+    assert run("generate", trained / "vanilla", "--prompts", prompts, "--out", out, "--max-new-tokens", "2")[0] == 0
+    assert [json.loads(line)["user_id"] for line in out.read_text().splitlines()] == ["generic"]
+
+
+def test_chat_answers_until_the_input_ends(run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello?\n\nAnd you?\n"))
+    code, out, _ = run("chat", trained / "tiny", "--user", "bob", "--max-new-tokens", "3")
+    assert code == 0
+    assert out.count("bob> ") == 4, "two questions, an empty line, and the end"
+
+
+def test_compare_tabulates_runs(run: Run, trained: Path) -> None:
+    code, out, _ = run("compare", trained / "tiny", trained / "vanilla")
+    assert code == 0
+    lines = [line for line in out.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["reference (by log-probs)", "tiny", "vanilla"]
+
+
+def test_compare_keeps_runs_of_one_name_apart(run: Run, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "tiny", tmp_path / "elsewhere" / "tiny")
+    code, out, _ = run("compare", trained / "tiny", tmp_path / "elsewhere" / "tiny")
+    assert code == 0
+    assert f"| {trained / 'tiny'} " in out and f"| {tmp_path / 'elsewhere' / 'tiny'} " in out
+
+
+def test_compare_trains_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process instead of another one, which takes seconds to start."""
+
+    def train_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:4] == [sys.executable, "-m", "prlhf", "train"]
+        return subprocess.CompletedProcess(command, main(command[3:]))
+
+    monkeypatch.setattr(subprocess, "run", train_here)
+    code, out, _ = run("compare", run.config(), "train.max_steps=1", "--runs", run.runs)
+    assert code == 0
+    assert "| tiny " in out
+    assert checkpoints(run.runs / "tiny") == ["step-00000001"]
+
+
+def test_env_prints_versions_as_json(run: Run) -> None:
+    code, out, _ = run("env")
+    assert code == 0
+    assert json.loads(out)["torch"] == torch.__version__
+
+
+def test_data_check_describes_a_prepared_directory(run: Run, tiny: Tiny) -> None:
+    code, out, _ = run("data", "check", tiny.data)
+    assert code == 0
+    assert "ann" in out and "bob" in out
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun_end_like_the_command(run: Run) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "prlhf.engine.launch", run.config(), "train.max_steps=2", "--runs", str(run.runs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("seen users, own embedding") == 1, "rank 0 alone prints"
+    assert (run.runs / "tiny" / "checkpoints" / "step-00000002" / "rng-1.safetensors").is_file()
+    assert run("eval", run.runs / "tiny")[0] == 0
+
+
+@pytest.mark.slow
+def test_the_module_ends_with_the_code_of_the_mistake_and_no_traceback(run: Run) -> None:
+    command = [sys.executable, "-m", "prlhf", "train", run.config(), "train.lrr=1", "--runs", str(run.runs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "train.lrr" in line and "did you mean" in line
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def malformed_data(tmp_path: Path) -> str:
+    data = write_data(tmp_path / "data")
+    lines = (data / "train.jsonl").read_text().splitlines()
+    lines[4] = lines[4][:20]
+    (data / "train.jsonl").write_text("\n".join(lines) + "\n")
+    return f"data.source={data}"
+
+
+def not_a_language_model(tmp_path: Path) -> str:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    CLIPTextModel(CLIPTextConfig(vocab_size=16, **sizes)).save_pretrained(tmp_path / "clip")
+    return f"model.backbone={tmp_path / 'clip'}"
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.batch_row=8", ["train.batch_row", "did you mean", "batch_rows"]),
+        ("train.lr=fast", ["train.lr", "fast"]),
+        ("train.epochs=1.5", ["train.epochs", "1.5"]),
+        ("loss.alpha=1.5", ["loss.alpha", "1.5", "0 to 1"]),
+        ("user.kind=none", ["user.kind", "pdpo"]),
+        ("method=dppo", ["method", "dppo", "dpo"]),
+        ("data.source=/nowhere", ["data.source", "/nowhere"]),
+        ("data.max_tokens=4096", ["data.max_tokens", "4096", "512"]),
+        ("model.backbone=/nowhere", ["model.backbone", "/nowhere"]),
+        (malformed_data, ["train.jsonl:5"]),
+        (not_a_language_model, ["model.backbone", "clip", "AutoModelForCausalLM"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing(
+    run: Run, tmp_path: Path, override: str | Callable[[Path], str], parts: list[str]
+) -> None:
+    setting = override if isinstance(override, str) else override(tmp_path)
+    (line,) = run.refused("train", run.config(), setting, "--runs", run.runs)
+    assert all(part in line for part in parts), line
+    assert not (run.runs / "tiny").exists()
+
+
+def test_every_mistake_of_a_configuration_has_its_line(run: Run) -> None:
+    lines = run.refused("train", run.config(), "train.lrr=1", "loss.beta=-1", "seed=x", "--runs", run.runs)
+    assert len(lines) == 3
+    for part in ("train.lrr", "loss.beta", "seed"):
+        assert sum(part in line for line in lines) == 1, part
+
+
+def test_a_missing_configuration_is_named(run: Run) -> None:
+    (line,) = run.refused("train", run.folder / "nothing.yaml")
+    assert "nothing.yaml: no such file" in line
+
+
+def test_a_directory_in_use_is_refused(run: Run) -> None:
+    with RunDir(run.runs / "tiny", writes=True) as holder:
+        holder.start("", step=0)
+        before = snapshot(run.runs)
+        (line,) = run.refused("train", run.config(), "--runs", run.runs)
+        assert "in use by process" in line
+        assert snapshot(run.runs) == before
+
+
+def test_never_on_a_directory_with_a_checkpoint_is_refused(run: Run, trained: Path) -> None:
+    before = snapshot(trained)
+    (line,) = run.refused("train", trained / "tiny.yaml", "--resume", "never", "--runs", trained)
+    assert "--resume is never" in line
+    assert snapshot(trained) == before
+
+
+def test_no_sound_checkpoint_exits_with_3(run: Run) -> None:
+    run.train("train.max_steps=1")
+    (run.runs / "tiny" / "checkpoints" / "step-00000001" / "state.json").write_text("{}")
+    (line,) = run.refused("train", run.config(), "train.max_steps=2", "--runs", run.runs, code=3)
+    assert "none of 1 checkpoint" in line
+
+
+def test_a_model_that_only_makes_nan_stops_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Callable[[Any], Any]:
+        nan = torch.full((4,), float("nan"))
+        return lambda batch: (nan[: batch.num_rows], nan[: batch.num_rows])
+
+    monkeypatch.setattr(trainer_module, "_make_reference", broken)
+    (line,) = run.refused("train", run.config(), "train.max_skipped_steps=2", "--runs", run.runs)
+    assert "2 steps in a row without a finite loss" in line
+    assert read_status(run.runs / "tiny")["status"] == "failed"
+
+
+def test_a_full_disk_is_one_line_with_what_is_free(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: RunDir, lines: list[Any]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.path / "metrics.jsonl"))
+
+    monkeypatch.setattr(RunDir, "append_metrics", full)
+    (line,) = run.refused("train", run.config(), "--runs", run.runs)
+    assert "metrics.jsonl: No space left on device" in line and "MiB free" in line
+
+
+def test_a_bug_is_not_taken_for_a_mistake(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(launch, "load_config", broken)
+    with pytest.raises(BrokenPipeError):
+        run("train", run.config())
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        (("generate", "tiny", "--users", "bobb"), ["'bobb'" , "did you mean", "bob"]),
+        (("generate", "vanilla", "--users", "bob"), ["bob", "0 known users"]),
+        (("generate", "tiny", "--temperature", "-1"), ["--temperature", "-1"]),
+        (("generate", "tiny", "--max-new-tokens", "5000"), ["max_new_tokens", "5000"]),
+    ],
+)
+def test_generate_refuses_in_one_line(
+    run: Run, trained: Path, tmp_path: Path, command: tuple[str, ...], parts: list[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("Why?\n")
+    name, *options = command[1:]
+    arguments = ("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out.jsonl")
+    (line,) = run.refused(command[0], trained / name, *options, *arguments)
+    assert all(part.strip("'") in line for part in parts), line
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('{"prompt": "ok"}\n{"prompt": ""}\n', "prompts.jsonl:2"),
+        ('{"prompt": "ok"}\n{"prompt": [{"role": "user"}]}\n', "prompts.jsonl:2"),
+        ('{"prompt": 5}\n', "prompts.jsonl:1"),
+        ('{"question": "ok"}\n', "prompts.jsonl:1"),
+        ("", "holds no prompt"),
+    ],
+)
+def test_bad_prompts_are_named_by_line(run: Run, trained: Path, tmp_path: Path, text: str, part: str) -> None:
+    (tmp_path / "prompts.jsonl").write_text(text)
+    arguments = ("--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out.jsonl")
+    (line,) = run.refused("generate", trained / "tiny", *arguments)
+    assert part in line
+
+
+def test_missing_prompts_are_named(run: Run, trained: Path, tmp_path: Path) -> None:
+    for name in ("none.txt", "none.jsonl"):
+        (line,) = run.refused("generate", trained / "tiny", "--prompts", tmp_path / name, "--out", tmp_path / "out")
+        assert name in line
+
+
+def test_chat_takes_one_known_user(run: Run, trained: Path) -> None:
+    for user in ("nobody", "all"):
+        (line,) = run.refused("chat", trained / "tiny", "--user", user)
+        assert user in line
+
+
+@pytest.mark.parametrize("command", ["eval", "chat"])
+def test_a_folder_that_is_no_run_is_refused(run: Run, tmp_path: Path, command: str) -> None:
+    (line,) = run.refused(command, tmp_path)
+    assert "neither a checkpoint nor a run directory" in line
+
+
+def test_eval_refuses_to_change_what_was_trained(run: Run, trained: Path) -> None:
+    (line,) = run.refused("eval", trained / "tiny", "loss.beta=0.5")
+    assert line.startswith("loss.beta")
+
+
+def test_a_damaged_checkpoint_is_not_loaded(run: Run, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "tiny", tmp_path / "copy")
+    path = tmp_path / "copy" / "checkpoints" / "step-00000002" / "users.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    (line,) = run.refused("eval", tmp_path / "copy")
+    assert "users.safetensors" in line
+
+
+def test_compare_names_a_run_that_is_not_finished(run: Run, tmp_path: Path) -> None:
+    (line,) = run.refused("compare", tmp_path / "nothing")
+    assert "nothing" in line and "no such file" in line
+
+
+def test_compare_refuses_runs_without_preferences(run: Run) -> None:
+    assert run.train(method="sft", train__max_steps=1)[0] == 0
+    (line,) = run.refused("compare", run.runs / "tiny")
+    assert "no preference accuracy" in line

@@ -1,0 +1,278 @@
+"""The configuration is read strictly: every mistake is named, all at once, and nothing is guessed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prlhf.config import (
+    Config,
+    changed_keys,
+    config_from_dict,
+    config_to_dict,
+    dump_config,
+    load_config,
+)
+from prlhf.errors import ConfigError
+from prlhf.schema import dotted_keys
+from prlhf.yaml_strict import load_yaml
+
+DPO = {"method": "dpo", "user": {"kind": "none"}}
+
+
+def messages_of(data: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config_from_dict(data, "a.yaml")
+    return caught.value.messages
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write_yaml(text: str) -> Path:
+        path = tmp_path / "a.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write_yaml
+
+
+def test_an_empty_mapping_is_the_default_run() -> None:
+    config = config_from_dict({}, "a.yaml")
+    assert config == Config()
+    assert (config.method, config.seed, config.data.source) == ("pdpo", 123, "builtin:psoups")
+
+
+def test_values_reach_their_fields_with_their_types(write: Any) -> None:
+    text = "method: pdpo\ntrain: {lr: 5e-5, max_steps: 3}\nmodel:\n  lora: {alpha: 16, targets: [q_proj, v_proj]}\n"
+    config = load_config(write(text))
+    assert config.train.lr == 0.00005
+    assert config.train.max_steps == 3
+    assert config.model.lora is not None
+    assert type(config.model.lora.alpha) is float
+    assert config.model.lora.targets == ("q_proj", "v_proj")
+
+
+def test_lora_null_is_full_fine_tuning(write: Any) -> None:
+    assert load_config(write("model: {lora: null}")).model.lora is None
+
+
+def test_all_errors_come_at_once_with_key_value_expectation_and_suggestion() -> None:
+    data = {
+        "method": "pdop",
+        "lr": 1e-3,
+        "train": {"epoch": 2, "batch_rows": 0, "device": 3, "max_steps": 1.5},
+        "loss": {"alpha": 1.5, "beta": "x"},
+        "checkpoint": None,
+        "model": {"gradient_checkpointing": 1},
+    }
+    assert messages_of(data) == [
+        "a.yaml: method: got 'pdop', expected sft | dpo | pdpo; did you mean pdpo?",
+        "a.yaml: lr: unknown key; did you mean train.lr?",
+        "a.yaml: train.epoch: unknown key; did you mean train.epochs?",
+        "a.yaml: train.device: got 3, expected auto | cpu | cuda | mps",
+        "a.yaml: train.max_steps: got 1.5, expected a whole number or null",
+        "a.yaml: loss.beta: got 'x', expected a finite number",
+        "a.yaml: checkpoint: got null, expected a mapping with keys from every_steps, keep_last",
+        "a.yaml: model.gradient_checkpointing: got 1, expected true or false",
+        "a.yaml: loss.alpha: got 1.5, expected a number from 0 to 1",
+        "a.yaml: train.batch_rows: got 0, expected 1 or more",
+    ]
+
+
+@pytest.mark.parametrize("value", [True, "3", 3.0, [3], None])
+def test_a_whole_number_is_nothing_else(value: object) -> None:
+    assert len(messages_of({"train": {"batch_rows": value}})) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400, True, "0.1"])
+def test_a_number_is_finite(value: object) -> None:
+    assert len(messages_of({"loss": {"beta": value}})) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "key"),
+    [
+        ({"user": {"kind": "none"}}, "user.kind"),
+        ({"method": "dpo"}, "user.kind"),
+        ({"method": "sft"}, "user.kind"),
+        ({"loss": {"kind": "ipo", "label_smoothing": 0.1}}, "loss.label_smoothing"),
+        ({"data": {"max_tokens": 522}}, "data.max_prompt_tokens"),
+        ({"model": {"lora": {"targets": []}}}, "model.lora.targets"),
+        ({"name": "../escape"}, "name"),
+        ({"name": ""}, "name"),
+        ({"seed": -1}, "seed"),
+        ({"eval": {"top_p": 0.0}}, "eval.top_p"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(data: dict[str, Any], key: str) -> None:
+    messages = messages_of(data)
+    assert len(messages) == 1
+    assert messages[0].startswith(f"a.yaml: {key}: got ")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        DPO,
+        {**DPO, "model": {"lora": None, "reference": "live"}},
+        {"data": {"max_tokens": 523}},
+        {**DPO, "data": {"max_tokens": 513}},
+        {"loss": {"label_smoothing": 0.1, "alpha": 1}},
+    ],
+)
+def test_settings_at_the_edge_are_accepted(data: dict[str, Any]) -> None:
+    config_from_dict(data, "a.yaml")
+
+
+def test_a_broken_setting_is_not_blamed_a_second_time() -> None:
+    assert len(messages_of({"method": "dop", "user": {"kind": "none"}})) == 1
+
+
+def test_every_number_has_a_limit() -> None:
+    defaults = config_to_dict(Config())
+    for key in dotted_keys(Config):
+        section, _, name = key.rpartition(".")
+        holder = defaults
+        for part in section.split(".") if section else []:
+            holder = holder[part]
+        if isinstance(holder[name], bool) or not isinstance(holder[name], (int, float)):
+            continue
+        data: Any = {name: -1}
+        for part in reversed(section.split(".") if section else []):
+            data = {part: data}
+        assert any(message.startswith(f"a.yaml: {key}: got -1") for message in messages_of(data)), key
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\nseed: 2", "a.yaml:2: duplicate key 'seed'"),
+        ("train:\n  epochs: 010", "a.yaml:2: '010' has a leading zero"),
+        ("data: &x {seed: 1}\nuser: *x", "a.yaml:1: anchor or alias 'x'"),
+        ("name: !!python/object/apply:os.getcwd []", "a.yaml:1: tag 'tag:yaml.org,2002:python/object/apply:os.getcwd'"),
+        ("name: !x y", "a.yaml:1: tag '!x'"),
+        ("model:\n  lora:\n", "a.yaml:2: no value given"),
+        ("<<: {seed: 1}", "a.yaml: <<: unknown key"),
+        ("model: {gradient_checkpointing: no}", "a.yaml: model.gradient_checkpointing: got 'no', expected true or f"),
+        ("user: {kind: no}", "a.yaml: user.kind: got 'no', expected none | uniform | individual | cluster"),
+        ("seed: 1:30", "a.yaml: seed: got '1:30'"),
+        ("loss: {beta: .nan}", "a.yaml: loss.beta: got '.nan'"),
+        ("loss: {beta: 1e999}", "a.yaml: loss.beta: got inf"),
+        ("{[1]: 2}", "a.yaml:1: a list or mapping as a key"),
+        ("[" * 1000, "a.yaml:1: nested more than 20 deep"),
+        ("a: [1", "a.yaml:1: not valid YAML"),
+        ("a: 1\n---\nb: 1", "a.yaml:2: not valid YAML"),
+        ("", "a.yaml: empty"),
+        ("- 1", "a.yaml: got [1], expected a mapping"),
+        ("seed: \x00", "a.yaml: not valid YAML"),
+        ("x" * 300_000, "a.yaml: larger than 262144 bytes"),
+    ],
+)
+def test_yaml_traps_are_refused(write: Any, text: str, message: str) -> None:
+    path = write(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert caught.value.messages[0].startswith(message.replace("a.yaml", str(path), 1))
+
+
+def test_an_alias_bomb_is_refused_at_once(write: Any) -> None:
+    levels = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    with pytest.raises(ConfigError, match="anchor or alias"):
+        load_config(write("\n".join(levels)))
+
+
+def test_quotes_make_text(write: Any) -> None:
+    assert load_config(write("name: '010'")).name == "010"
+    assert load_config(write("name: no")).name == "no"
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="absent.yaml: no such file"):
+        load_config(tmp_path / "absent.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9")
+    with pytest.raises(ConfigError, match="not UTF-8 at byte 6"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_overrides_win_over_the_file(write: Any) -> None:
+    path = write("name: a\nmodel: {lora: null}\ntrain: {lr: 1.0}")
+    overrides = ["train.lr=1e-4", "model.lora.rank=4", "user={kind: cluster, num_clusters: 3}", "data.source=/a b: c"]
+    config = load_config(path, overrides)
+    assert (config.name, config.train.lr, config.data.source) == ("a", 1e-4, "/a b: c")
+    assert config.model.lora is not None
+    assert config.model.lora.rank == 4
+    assert (config.user.kind, config.user.num_clusters) == ("cluster", 3)
+    assert load_config(path, ["train.max_steps=5", "model.lora=null"]).model.lora is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lr", "override 'train.lr': expected key=value, such as train.lr=1e-4"),
+        ("=3", "override '=3': expected key=value, such as train.lr=1e-4"),
+        ("train.lr=", "override 'train.lr=': train.lr: no value given; write null if none is meant"),
+        ("train.lrr=1", "override 'train.lrr=1': train.lrr: unknown key; did you mean train.lr?"),
+        ("train.lr=-1", "override 'train.lr=-1': train.lr: got -1.0, expected 0 or more"),
+        ("seed.x=1", "a.yaml: seed: got {'x': 1}, expected a whole number"),
+        ("name=[a", "override 'name=[a': name: 1: not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_named_as_one(write: Any, override: str, message: str) -> None:
+    path = write("name: a")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, [override])
+    assert caught.value.messages[0].replace(str(path), "a.yaml").startswith(message)
+
+
+def test_an_override_given_twice_is_refused(write: Any) -> None:
+    with pytest.raises(ConfigError, match="given twice"):
+        load_config(write("name: a"), ["seed=1", "seed=2"])
+
+
+@pytest.mark.parametrize("name", ["1e5", "09", "010", "no", "null", "true", "1", "2024-01-01", "0x10", "1.5", "1_000"])
+def test_a_dumped_configuration_is_read_back_equal(tmp_path: Path, name: str) -> None:
+    data = {"name": name, "data": {"source": "päth: #1"}, "model": {"lora": {"targets": ["c_attn", "1"]}}}
+    config = config_from_dict(data, "a.yaml")
+    (tmp_path / "a.yaml").write_text(dump_config(config), encoding="utf-8")
+    assert load_config(tmp_path / "a.yaml") == config
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config))), "a.yaml") == config
+
+
+@given(source=st.text(min_size=1), beta=st.floats(min_value=1e-300, allow_infinity=False, allow_nan=False))
+def test_any_text_and_number_survives_the_dump(source: str, beta: float) -> None:
+    config = config_from_dict({"data": {"source": source}, "loss": {"beta": beta}}, "a.yaml")
+    assert config_from_dict(load_yaml(dump_config(config), "a.yaml"), "a.yaml") == config
+
+
+@given(text=st.text() | st.text(alphabet="a:-[]{}&*!#'\"\n 0.e|>%@?,<"))
+def test_any_text_is_read_or_refused_with_a_config_error(text: str) -> None:
+    try:
+        config_from_dict(load_yaml(text, "a.yaml"), "a.yaml")
+    except ConfigError as error:
+        assert all(message.startswith("a.yaml") for message in error.messages)
+
+
+def test_changed_keys_names_exactly_what_differs() -> None:
+    old = Config()
+    assert changed_keys(old, Config()) == []
+    new = dataclasses.replace(
+        old,
+        seed=1,
+        train=dataclasses.replace(old.train, lr=1.0, epochs=7),
+        model=dataclasses.replace(old.model, lora=None),
+    )
+    assert changed_keys(old, new) == ["seed", "model.lora", "train.epochs", "train.lr"]
+    assert changed_keys(new, old) == changed_keys(old, new)
+
+
+def test_a_configuration_cannot_be_changed_in_place() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1  # type: ignore[misc]

@@ -1,0 +1,114 @@
+"""Collectives agree on every rank, and are the identity without torchrun."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from prlhf.distributed import (
+    all_reduce_any,
+    all_reduce_sum,
+    barrier,
+    broadcast_object,
+    init_process_group,
+    is_main,
+    rank,
+    teardown,
+    world_size,
+)
+from prlhf.errors import ConfigError
+from tests.run_distributed import run_distributed_test
+
+NESTED = {"user_ids": ["Ā/../", "\u202e", "a\x00b", "😀" * 300], "best": 0.1 + 0.2, "step": 2**53 - 1, "none": None}
+
+
+def _check_collectives() -> None:
+    assert world_size() == 2
+    assert is_main() == (rank() == 0)
+    total = torch.tensor([1.0, 10.0]) * (rank() + 1)
+    assert all_reduce_sum(total) is total
+    assert total.tolist() == [3.0, 30.0]
+    assert all_reduce_any(rank() == 1)
+    assert not all_reduce_any(False)
+    assert broadcast_object(NESTED if is_main() else {"another": "value"}) == NESTED
+    assert broadcast_object("" if is_main() else None) == ""
+    barrier()
+
+
+def _fail_on_rank_one() -> None:
+    if rank() == 1:
+        raise ZeroDivisionError("only here")
+    barrier()
+
+
+def _stay_away_on_rank_one() -> None:
+    if rank() == 0:
+        with pytest.raises(RuntimeError, match="Ranks 1 failed to pass"):
+            barrier(timeout_s=0.5)
+    else:
+        time.sleep(1.5)
+
+
+def _join_through_the_launchers_store(port: int, restart_count: int) -> None:
+    """As under `torchrun --max-restarts`: the launcher's store outlives the ranks and keeps what they wrote."""
+    teardown()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        environment.setenv("TORCHELASTIC_RESTART_COUNT", str(restart_count))
+        environment.setenv("MASTER_PORT", str(port))
+        init_process_group("cpu", timeout_s=10)
+    assert all_reduce_sum(torch.ones(())).item() == 2
+
+
+def test_two_ranks_agree_on_every_collective() -> None:
+    run_distributed_test(_check_collectives, 2)
+
+
+def test_a_failure_on_one_rank_is_raised() -> None:
+    with pytest.raises(AssertionError, match="rank 1:(.|\\n)*ZeroDivisionError: only here"):
+        run_distributed_test(_fail_on_rank_one, 2)
+
+
+def test_a_barrier_names_the_rank_that_did_not_come() -> None:
+    run_distributed_test(_stay_away_on_rank_one, 2)
+
+
+@pytest.mark.slow
+def test_a_restarted_group_does_not_meet_the_dead_one() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for restart_count in (0, 1):
+        run_distributed_test(_join_through_the_launchers_store, 2, store.port, restart_count)
+
+
+def test_alone_every_collective_is_the_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    init_process_group("cpu")
+    assert (rank(), world_size(), is_main()) == (0, 1, True)
+    values = torch.tensor([1.0, 2.0])
+    assert all_reduce_sum(values) is values
+    assert values.tolist() == [1.0, 2.0]
+    assert (all_reduce_any(True), all_reduce_any(False)) == (True, False)
+    assert broadcast_object(NESTED) == NESTED
+    barrier()
+    teardown()
+
+
+def test_broadcast_gives_a_list_for_a_tuple_at_any_world_size() -> None:
+    assert broadcast_object((1, 2)) == [1, 2]
+
+
+def test_broadcast_refuses_what_json_cannot_hold() -> None:
+    with pytest.raises(TypeError):
+        broadcast_object(object())
+
+
+def test_half_an_environment_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(ConfigError, match="MASTER_PORT is not set"):
+        init_process_group("cpu")
