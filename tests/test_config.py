@@ -127,7 +127,10 @@ def test_settings_that_cannot_work_are_refused(data: dict[str, Any], key: str) -
     ],
 )
 def test_settings_at_the_edge_are_accepted(data: dict[str, Any]) -> None:
-    config_from_dict(data, "a.yaml")
+    read = config_to_dict(config_from_dict(data, "a.yaml"))
+    for section, settings in data.items():
+        given = settings if isinstance(settings, dict) else {section: settings}
+        assert given.items() <= (read[section] if isinstance(settings, dict) else read).items()
 
 
 def test_a_broken_setting_is_not_blamed_a_second_time() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,49 +12,16 @@ from torch import Tensor
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
 
 IGNORE_INDEX = -100
+Rows = TypeVar("Rows", bound="_PaddedRows")
 
 
 @dataclass(frozen=True)
-class ResponseBatch:
-    """N rows of prompt + response, padded on the right.
+class _PaddedRows:
+    """N sequences of prompt + response, padded on the right, for B rows of a data set.
 
     Args:
         input_ids: (N, L) int64.
         labels: (N, L) int64, input_ids on the response (EOS included), IGNORE_INDEX elsewhere.
-        user_ids: (N,) int64, 0 is generic.
-        rows: (N,) int64, position of each row in its data set.
-        num_unscored: leading positions without a label in any row; a number, so that skipping them needs no device.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    user_ids: Tensor
-    rows: Tensor
-    num_unscored: int
-
-    @property
-    def num_rows(self) -> int:
-        """N."""
-        return self.rows.shape[0]
-
-    def to(self, device: torch.device | str) -> ResponseBatch:
-        """The batch on another device."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            labels=self.labels.to(device),
-            user_ids=self.user_ids.to(device),
-            rows=self.rows.to(device),
-        )
-
-
-@dataclass(frozen=True)
-class PairBatch:
-    """B preference rows as 2B sequences: 0..B-1 prompt + chosen, B..2B-1 prompt + rejected, padded on the right.
-
-    Args:
-        input_ids: (2B, L) int64.
-        labels: (2B, L) int64, input_ids on the response (EOS included), IGNORE_INDEX elsewhere.
         user_ids: (B,) int64, 0 is generic.
         rows: (B,) int64, position of each row in its data set.
         num_unscored: leading positions without a label in any row; a number, so that skipping them needs no device.
@@ -70,7 +38,7 @@ class PairBatch:
         """B."""
         return self.rows.shape[0]
 
-    def to(self, device: torch.device | str) -> PairBatch:
+    def to(self: Rows, device: torch.device | str) -> Rows:
         """The batch on another device."""
         return replace(
             self,
@@ -79,6 +47,16 @@ class PairBatch:
             user_ids=self.user_ids.to(device),
             rows=self.rows.to(device),
         )
+
+
+@dataclass(frozen=True)
+class ResponseBatch(_PaddedRows):
+    """B demonstrations, one sequence each."""
+
+
+@dataclass(frozen=True)
+class PairBatch(_PaddedRows):
+    """B preference rows as 2B sequences: 0..B-1 prompt + chosen, B..2B-1 prompt + rejected."""
 
 
 def collate_pairs(rows: Sequence[TokenizedPair], pad_id: int) -> PairBatch:

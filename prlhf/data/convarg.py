@@ -131,6 +131,7 @@ def _row(judgment: Mapping[str, str], arguments: Mapping[str, Argument], where: 
 
 def _read_arguments(path: Path) -> dict[str, Argument]:
     def parse(record: dict[str, Any], where: str) -> tuple[str, Argument]:
+        """The argument under its id."""
         values = [record.get(name) for name in ("arg_id", "topic", "title", "stance", "text")]
         if not all(isinstance(value, str) for value in values):
             raise DataError(f"{where}: expected the strings arg_id, topic, title, stance and text, got {quote(record)}")

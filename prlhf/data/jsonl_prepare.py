@@ -48,6 +48,7 @@ class _Filter:
     columns: set[str] = field(default_factory=set)
 
     def drops(self, record: Mapping[str, Any]) -> bool:
+        """Whether the record is left out; counts it, and remembers the columns met."""
         self.columns.update(record)
         value = record.get(self.column)
         dropped = self.column in record and self.value == (value if isinstance(value, str) else json.dumps(value))
@@ -88,6 +89,7 @@ def read_mapped_rows(raw: Path, options: JsonlOptions) -> tuple[list[PreferenceR
     filters = [_Filter(*_assignment(text, "drop", "column=value")) for text in options.drop]
 
     def parse(record: dict[str, Any], where: str) -> PreferenceRow | None:
+        """The row, or None where a filter leaves it out; every filter sees every record."""
         hits = [drop.drops(record) for drop in filters]
         if any(hits):
             return None
@@ -161,6 +163,7 @@ def _constant(value: str) -> Callable[[dict[str, Any], str], Any]:
 
 def _columns(columns: Sequence[str]) -> Callable[[dict[str, Any], str], Any]:
     def read(record: dict[str, Any], where: str) -> Any:
+        """The column's value, or several columns of text joined by line breaks."""
         for column in columns:
             if column not in record:
                 raise DataError(f"{where}: no column {quote(column)}{did_you_mean(column, record)}; "

@@ -71,6 +71,7 @@ def read_psoups(raw: Path) -> tuple[list[PreferenceRow], dict[str, int]]:
 
 def _judgment(user_id: str) -> Callable[[dict[str, Any], str], PreferenceRow]:
     def parse(record: dict[str, Any], where: str) -> PreferenceRow:
+        """The judgment: `completion_a` is the preferred one in the raw files."""
         prompt = _text(record, "user_input", where)
         return PreferenceRow(
             "", user_id, prompt, _text(record, "completion_a", where), _text(record, "completion_b", where)

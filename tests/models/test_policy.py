@@ -28,7 +28,7 @@ from tests.tokenizers import tiny_tokenizer
 PER_TOKEN = 1e-5  # nats; float32 sums in another order
 
 
-def _assert_close_per_token(actual: ResponseLogps, expected: ResponseLogps) -> None:
+def assert_close_per_token(actual: ResponseLogps, expected: ResponseLogps) -> None:
     for name in ("chosen", "rejected"):
         tokens = getattr(expected, f"{name}_tokens")
         assert torch.equal(getattr(actual, f"{name}_tokens"), tokens)
@@ -74,7 +74,7 @@ def test_without_soft_prompt_log_probs_are_those_of_the_bare_model(family):
         *(torch.stack([tokens.sum() for tokens in side]) for side in (chosen, rejected)),
         *(torch.tensor([len(tokens) for tokens in side]) for side in (chosen, rejected)),
     )
-    _assert_close_per_token(logps, expected)
+    assert_close_per_token(logps, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,7 +85,7 @@ def test_a_row_alone_scores_as_it_does_in_a_padded_batch(family):
     with torch.no_grad():
         together = policy.logps(batch, batch.user_ids)
         alone = [policy.logps(make_batch(policy, [row]), torch.tensor([row.user_id])) for row in rows]
-    _assert_close_per_token(together, ResponseLogps(*(torch.cat(values) for values in zip(*alone, strict=True))))
+    assert_close_per_token(together, ResponseLogps(*(torch.cat(values) for values in zip(*alone, strict=True))))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
