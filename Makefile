@@ -33,11 +33,13 @@ eval: $(INSTALLED) ## Evaluate a run again: make eval EXP=psoups, or CKPT=a run 
 	$(if $(CKPT),,$(error eval: give EXP=psoups for runs/psoups, or CKPT=DIR))
 	$(BIN)/prlhf eval $(CKPT) $(ARGS)
 
-base: $(INSTALLED) ## Pretrain the built-in model again and write it into the package (about 25 minutes)
+base: $(INSTALLED) ## Pretrain the built-in model again and write it into the package (about 45 minutes)
 	$(BIN)/prlhf train experiments/builtin_base.yaml
 	$(BIN)/python -m prlhf.engine.write_builtin runs/builtin_base --out runs/builtin_base/model
 	$(BIN)/prlhf train experiments/builtin_base_second.yaml
-	$(BIN)/python -m prlhf.engine.write_builtin runs/builtin_base_second
+	$(BIN)/python -m prlhf.engine.write_builtin runs/builtin_base_second --out runs/builtin_base_second/model
+	$(BIN)/prlhf train experiments/builtin_base_third.yaml
+	$(BIN)/python -m prlhf.engine.write_builtin runs/builtin_base_third
 
 test: $(INSTALLED) ## Run the tests, without the slow ones [ARGS="-k name"]
 	$(BIN)/python -m pytest $(ARGS)

@@ -55,6 +55,16 @@ class Progress:
     train_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class RunIdentity:
+    """What does not change in a run: the policy's shape, the method, the configuration and the training data."""
+
+    spec: PolicySpec
+    method: str
+    config_text: str
+    data_sha256: str
+
+
 def checkpoint_name(step: int) -> str:
     """Directory name of a step's checkpoint."""
     return f"step-{step:08d}"
@@ -65,11 +75,8 @@ def save_checkpoint(
     policy: PersonalizedPolicy,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
+    identity: RunIdentity,
     *,
-    spec: PolicySpec,
-    method: str,
-    config_text: str,
-    data_sha256: str,
     keep_last: int,
 ) -> None:
     """Write a checkpoint on all ranks: files, flush, all ranks agree, manifest, rename, then delete older ones.
@@ -90,16 +97,7 @@ def save_checkpoint(
             {"torch": torch.get_rng_state(), **_device_rng(policy.device)}, temporary / f"rng-{rank()}.safetensors"
         )
         if is_main():
-            _write_shared_files(
-                temporary,
-                policy,
-                optimizer,
-                progress,
-                spec=spec,
-                method=method,
-                config_text=config_text,
-                data_sha256=data_sha256,
-            )
+            _write_shared_files(temporary, policy, optimizer, progress, identity)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         problem = error
     if all_reduce_any(problem is not None):
@@ -121,13 +119,9 @@ def _write_shared_files(
     policy: PersonalizedPolicy,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    *,
-    spec: PolicySpec,
-    method: str,
-    config_text: str,
-    data_sha256: str,
+    identity: RunIdentity,
 ) -> None:
-    _save(trained_tensors(policy, lora=spec.lora_rank is not None), directory / TRAINABLE)
+    _save(trained_tensors(policy, lora=identity.spec.lora_rank is not None), directory / TRAINABLE)
     if policy.user_encoder is not None:
         _save(dict(policy.user_encoder.named_parameters()), directory / USERS)
     _save(_optimizer_tensors(policy, optimizer), directory / OPTIMIZER)
@@ -137,13 +131,13 @@ def _write_shared_files(
         directory / STATE,
         {
             **asdict(progress),
-            "method": method,
-            "policy": spec_to_dict(spec),
+            "method": identity.method,
+            "policy": spec_to_dict(identity.spec),
             "base_sha256": policy.base_sha256,
-            "data_sha256": data_sha256,
+            "data_sha256": identity.data_sha256,
         },
     )
-    write_text_atomic(directory / CONFIG, config_text)
+    write_text_atomic(directory / CONFIG, identity.config_text)
     policy.tokenizer.save_pretrained(directory)
 
 

@@ -20,6 +20,7 @@ from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import (
     CONFIG,
     Progress,
+    RunIdentity,
     find_checkpoint,
     load_checkpoint_,
     remove_later_checkpoints,
@@ -130,10 +131,7 @@ def save_job(job: Job, progress: Progress, run_dir: Path) -> None:
         job.policy,
         job.optimizer,
         progress,
-        spec=job.spec,
-        method=job.config.method,
-        config_text=dump_config(job.config),
-        data_sha256=job.data_sha256,
+        RunIdentity(job.spec, job.config.method, dump_config(job.config), job.data_sha256),
         keep_last=job.config.checkpoint.keep_last,
     )
 

@@ -51,8 +51,9 @@ class LoraLinear(nn.Module):
         output = self.base(x)
         if not self.enabled:
             return output
-        low_rank = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)
-        return (output + F.linear(low_rank, self.lora_B) * self.scale).to(output.dtype)
+        # Scaled while it is still `rank` wide: a pass over the outputs less, forward and backward.
+        low_rank = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A) * self.scale
+        return (output + F.linear(low_rank, self.lora_B)).to(output.dtype)
 
 
 def add_lora_(

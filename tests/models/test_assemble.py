@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from prlhf.engine.checkpoint import Progress, save_checkpoint
+from prlhf.engine.checkpoint import Progress, RunIdentity, save_checkpoint
 from prlhf.errors import CheckpointError
 from prlhf.files import seal_directory
 from prlhf.models import PersonalizedPolicy, PolicySpec, load_policy, make_policy
@@ -65,10 +65,7 @@ def _save(policy: PersonalizedPolicy, spec: PolicySpec, run_dir: Path) -> Path:
         policy,
         optimizer,
         Progress(step=7),
-        spec=spec,
-        method="pdpo",
-        config_text="",
-        data_sha256="",
+        RunIdentity(spec, method="pdpo", config_text="", data_sha256=""),
         keep_last=1,
     )
     return run_dir / "checkpoints" / "step-00000007"
