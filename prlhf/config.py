@@ -134,7 +134,7 @@ class Config:
 
     name: str = "run"
     seed: int = 123
-    method: Literal["sft", "dpo", "pdpo"] = "pdpo"
+    method: Literal["sft", "dpo", "pdpo", "rm", "prm"] = "pdpo"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     user: UserConfig = field(default_factory=UserConfig)
@@ -150,6 +150,7 @@ _NOT_NEGATIVE: _Limit = (lambda value: value >= 0, "0 or more")
 _AT_LEAST_ONE: _Limit = (lambda value: value >= 1, "1 or more")
 _SHARE: _Limit = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _SHARE_BELOW_ONE: _Limit = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
+PERSONAL_METHODS = ("pdpo", "prm")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 _LIMITS: dict[str, _Limit] = {
@@ -318,10 +319,19 @@ def _out_of_range(config: Config) -> Iterator[Problem]:
 def _contradictions(config: Config) -> Iterator[Problem]:
     """Settings that are fine alone and not together; the first key is the one to change."""
     data, user, loss = config.data, config.user, config.loss
-    if config.method == "pdpo" and user.kind == "none":
-        yield Problem(("user.kind", "method"), "got none with method pdpo, expected uniform, individual or cluster")
-    if config.method != "pdpo" and user.kind != "none":
+    if config.method in PERSONAL_METHODS and user.kind == "none":
+        text = f"got none with method {config.method}, expected uniform, individual or cluster"
+        yield Problem(("user.kind", "method"), text)
+    if config.method not in PERSONAL_METHODS and user.kind != "none":
         yield Problem(("user.kind", "method"), f"got {user.kind} with method {config.method}, expected none")
+    if config.method in ("rm", "prm"):
+        for key, value, expected in (
+            ("loss.kind", loss.kind, "sigmoid"),
+            ("loss.label_smoothing", loss.label_smoothing, 0),
+            ("loss.sft_weight", loss.sft_weight, 0),
+        ):
+            if value != expected:
+                yield Problem((key, "method"), f"got {value} with method {config.method}, expected {expected}")
     if loss.kind != "sigmoid" and loss.label_smoothing != 0:
         text = f"got {loss.label_smoothing} with loss.kind {loss.kind}, expected 0: only sigmoid is smoothed"
         yield Problem(("loss.label_smoothing", "loss.kind"), text)

@@ -72,7 +72,7 @@ def test_all_errors_come_at_once_with_key_value_expectation_and_suggestion() -> 
         "model": {"gradient_checkpointing": 1},
     }
     assert messages_of(data) == [
-        "a.yaml: method: got 'pdop', expected sft | dpo | pdpo; did you mean pdpo?",
+        "a.yaml: method: got 'pdop', expected sft | dpo | pdpo | rm | prm; did you mean pdpo?",
         "a.yaml: lr: unknown key; did you mean train.lr?",
         "a.yaml: train.epoch: unknown key; did you mean train.epochs?",
         "a.yaml: train.device: got 3, expected auto | cpu | cuda | mps",
@@ -101,6 +101,11 @@ def test_a_number_is_finite(value: object) -> None:
         ({"user": {"kind": "none"}}, "user.kind"),
         ({"method": "dpo"}, "user.kind"),
         ({"method": "sft"}, "user.kind"),
+        ({"method": "rm"}, "user.kind"),
+        ({"method": "prm", "user": {"kind": "none"}}, "user.kind"),
+        ({"method": "prm", "loss": {"kind": "ipo"}}, "loss.kind"),
+        ({"method": "prm", "loss": {"sft_weight": 1.0}}, "loss.sft_weight"),
+        ({"method": "prm", "loss": {"label_smoothing": 0.1}}, "loss.label_smoothing"),
         ({"loss": {"kind": "ipo", "label_smoothing": 0.1}}, "loss.label_smoothing"),
         ({"data": {"max_tokens": 522}}, "data.max_prompt_tokens"),
         ({"model": {"lora": {"targets": []}}}, "model.lora.targets"),

@@ -112,7 +112,7 @@ class Tiny:
             "eval": {"max_new_tokens": 4},
             "checkpoint": {"every_steps": 2},
         }
-        if settings.get("method") in ("dpo", "sft"):
+        if settings.get("method") in ("dpo", "sft", "rm"):
             values["user"] = {"kind": "none"}
         for key, value in settings.items():
             *sections, name = key.split("__")
@@ -141,7 +141,7 @@ def perturb_(job: Job) -> Job:
     """Move every trained tensor off its starting value: at zero adapters half of the gradients would be zero."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in job.policy.trainable().values():
+        for parameter in job.model.trainable().values():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return job
 

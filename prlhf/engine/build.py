@@ -20,14 +20,23 @@ from prlhf.data.tokenize import TokenizedPair, TokenizedResponse, tokenize_pairs
 from prlhf.distributed import rank, world_size
 from prlhf.engine.objective import Objective
 from prlhf.engine.optim import make_optimizer
+from prlhf.engine.step import Model
 from prlhf.errors import ConfigError, DataError
-from prlhf.models.assemble import PolicySpec, init_user_encoder_, make_policy
+from prlhf.models.assemble import (
+    REWARD_METHODS,
+    PolicySpec,
+    init_user_encoder_,
+    make_policy,
+    make_reward_model,
+)
 from prlhf.models.backbone import pad_token_id, position_limit
+from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 
 logger = logging.getLogger(__name__)
 
 NUM_PROBES = 4
+PREFERENCE_METHODS = ("dpo", "pdpo")  # those that compare with a reference
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
@@ -37,7 +46,7 @@ class Job:
 
     config: Config
     spec: PolicySpec
-    policy: PersonalizedPolicy
+    model: Model
     optimizer: torch.optim.Optimizer
     objective: Objective
     rows: Sequence[TokenizedPair] | Sequence[TokenizedResponse]
@@ -51,7 +60,7 @@ class Job:
 
 
 def make_spec(config: Config) -> PolicySpec:
-    """The part of the configuration that decides the policy."""
+    """The part of the configuration that decides the model."""
     lora, user = config.model.lora, config.user
     return PolicySpec(
         backbone=config.model.backbone,
@@ -114,26 +123,27 @@ def build_job(config: Config) -> Job:
     device = pick_device(config.train.device)
     preferences, train_responses, dev_responses = load_job_data(config)
     spec = make_spec(config)
-    policy = make_policy(spec, preferences.user_ids() if preferences else [])
-    check_positions(policy, config.data.max_tokens)
-    limits = tokenize_limits(config, policy)
+    make = make_reward_model if config.method in REWARD_METHODS else make_policy
+    model: Model = make(spec, preferences.user_ids() if preferences else [])
+    check_positions(model, config.data.max_tokens)
+    limits = tokenize_limits(config, model)
     if preferences is not None:
-        users = policy.users if spec.user_kind != "none" else None
-        tokenized: Any = tokenize_pairs(preferences.train, policy.tokenizer, users, **limits)
+        users = model.users if spec.user_kind != "none" else None
+        tokenized: Any = tokenize_pairs(preferences.train, model.tokenizer, users, **limits)
     else:
-        tokenized = tokenize_responses(train_responses, policy.tokenizer, **limits)
+        tokenized = tokenize_responses(train_responses, model.tokenizer, **limits)
     if not tokenized.rows:
         raise DataError(
             f"data.source {config.data.source!r}: no training row is left after tokenizing "
             f"({tokenized.dropped}); raise data.max_tokens or mend the data"
         )
-    policy.to(device)
-    if policy.user_encoder is not None:
-        init_user_encoder_(policy, spec, [row.prompt_ids + row.chosen_ids for row in tokenized.rows[:NUM_PROBES]])
-    _prepare_for_training_(policy, config, spec)
+    model.to(device)
+    if model.user_encoder is not None:
+        init_user_encoder_(model, spec, [row.prompt_ids + row.chosen_ids for row in tokenized.rows[:NUM_PROBES]])
+    _prepare_for_training_(model, config, spec)
     train = config.train
     optimizer = make_optimizer(
-        policy.trainable(),
+        model.trainable(),
         lr=train.lr,
         user_lr=train.user_lr,
         cluster_lr=train.cluster_lr,
@@ -143,7 +153,7 @@ def build_job(config: Config) -> Job:
     return Job(
         config=config,
         spec=spec,
-        policy=policy,
+        model=model,
         optimizer=optimizer,
         rows=tokenized.rows,
         dropped=tokenized.dropped,
@@ -153,7 +163,7 @@ def build_job(config: Config) -> Job:
         data_sha256=hash_rows(tokenized.rows),
         max_steps=max_steps,
         autocast=make_autocast(train.precision, device),
-        pad_id=pad_token_id(policy.tokenizer),
+        pad_id=pad_token_id(model.tokenizer),
     )
 
 
@@ -170,18 +180,18 @@ def make_objective(config: Config) -> Objective:
     )
 
 
-def tokenize_limits(config: Config, policy: PersonalizedPolicy) -> dict[str, int]:
+def tokenize_limits(config: Config, model: PersonalizedModel) -> dict[str, int]:
     """Lengths for the tokenizer; the soft prompt's positions are inside the budget."""
     return {
         "max_tokens": config.data.max_tokens,
         "max_prompt_tokens": config.data.max_prompt_tokens,
-        "num_user_tokens": policy.soft_prompt.num_user_tokens,
+        "num_user_tokens": model.soft_prompt.num_user_tokens,
     }
 
 
-def check_positions(policy: PersonalizedPolicy, max_tokens: int) -> None:
+def check_positions(model: PersonalizedModel, max_tokens: int) -> None:
     """Refuse sequences longer than the model's positions: they would wrap or fail mid-run."""
-    limit = position_limit(policy.backbone)
+    limit = position_limit(model.backbone)
     if limit is not None and max_tokens > limit:
         raise ConfigError(
             f"data.max_tokens: got {max_tokens}, but the backbone has {limit} positions; use at most {limit}"
@@ -196,11 +206,11 @@ def hash_rows(rows: Sequence[TokenizedPair] | Sequence[TokenizedResponse]) -> st
     return digest.hexdigest()
 
 
-def _prepare_for_training_(policy: PersonalizedPolicy, config: Config, spec: PolicySpec) -> None:
-    if spec.lora_rank is None and config.method != "sft":
-        policy.reference = Reference(policy, frozen_copy=True)
+def _prepare_for_training_(model: Model, config: Config, spec: PolicySpec) -> None:
+    if isinstance(model, PersonalizedPolicy) and spec.lora_rank is None and config.method in PREFERENCE_METHODS:
+        model.reference = Reference(model, frozen_copy=True)
     if config.model.gradient_checkpointing:
-        policy.backbone.gradient_checkpointing_enable(  # type: ignore[operator]
+        model.backbone.gradient_checkpointing_enable(  # type: ignore[operator]
             gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-    policy.train()
+    model.train()

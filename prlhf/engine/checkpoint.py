@@ -35,7 +35,7 @@ from prlhf.models.assemble import (
     spec_to_dict,
     trained_tensors,
 )
-from prlhf.models.policy import PersonalizedPolicy
+from prlhf.models.personalized import PersonalizedModel
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def checkpoint_name(step: int) -> str:
 
 def save_checkpoint(
     run_dir: Path,
-    policy: PersonalizedPolicy,
+    model: PersonalizedModel,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     identity: RunIdentity,
@@ -94,10 +94,10 @@ def save_checkpoint(
             temporary.mkdir(parents=True)
         barrier()
         save_file(
-            {"torch": torch.get_rng_state(), **_device_rng(policy.device)}, temporary / f"rng-{rank()}.safetensors"
+            {"torch": torch.get_rng_state(), **_device_rng(model.device)}, temporary / f"rng-{rank()}.safetensors"
         )
         if is_main():
-            _write_shared_files(temporary, policy, optimizer, progress, identity)
+            _write_shared_files(temporary, model, optimizer, progress, identity)
     except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         problem = error
     if all_reduce_any(problem is not None):
@@ -116,16 +116,16 @@ def save_checkpoint(
 
 def _write_shared_files(
     directory: Path,
-    policy: PersonalizedPolicy,
+    model: PersonalizedModel,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     identity: RunIdentity,
 ) -> None:
-    _save(trained_tensors(policy, lora=identity.spec.lora_rank is not None), directory / TRAINABLE)
-    if policy.user_encoder is not None:
-        _save(dict(policy.user_encoder.named_parameters()), directory / USERS)
-    _save(_optimizer_tensors(policy, optimizer), directory / OPTIMIZER)
-    users = [] if policy.users is None else list(policy.users.user_ids)
+    _save(trained_tensors(model, lora=identity.spec.lora_rank is not None), directory / TRAINABLE)
+    if model.user_encoder is not None:
+        _save(dict(model.user_encoder.named_parameters()), directory / USERS)
+    _save(_optimizer_tensors(model, optimizer), directory / OPTIMIZER)
+    users = [] if model.users is None else list(model.users.user_ids)
     write_json_atomic(directory / USER_IDS, {"user_ids": users})
     write_json_atomic(
         directory / STATE,
@@ -133,25 +133,25 @@ def _write_shared_files(
             **asdict(progress),
             "method": identity.method,
             "policy": spec_to_dict(identity.spec),
-            "base_sha256": policy.base_sha256,
+            "base_sha256": model.base_sha256,
             "data_sha256": identity.data_sha256,
         },
     )
     write_text_atomic(directory / CONFIG, identity.config_text)
-    policy.tokenizer.save_pretrained(directory)
+    model.tokenizer.save_pretrained(directory)
 
 
 def load_checkpoint_(
-    directory: Path, policy: PersonalizedPolicy, optimizer: torch.optim.Optimizer, *, spec: PolicySpec, data_sha256: str
+    directory: Path, model: PersonalizedModel, optimizer: torch.optim.Optimizer, *, spec: PolicySpec, data_sha256: str
 ) -> Progress:
     """Put a verified checkpoint's weights, optimizer state and random state back.
 
     Raises: CheckpointError: another base model, other data, other users, or tensors that do not fit.
     """
     state = read_json(directory / STATE)
-    users = [] if policy.users is None else list(policy.users.user_ids)
+    users = [] if model.users is None else list(model.users.user_ids)
     wrong = []
-    if state["base_sha256"] != policy.base_sha256:
+    if state["base_sha256"] != model.base_sha256:
         wrong.append(
             f"{directory}: the base model's weights changed since; restore them or start a run of another name"
         )
@@ -161,8 +161,8 @@ def load_checkpoint_(
         wrong.append(f"{directory}: the users changed since; restore the data or start a run of another name")
     if wrong:
         raise CheckpointError(*wrong)
-    load_trained_(policy, directory, lora=spec.lora_rank is not None)
-    _load_optimizer_(policy, optimizer, read_tensors(directory / OPTIMIZER), directory)
+    load_trained_(model, directory, lora=spec.lora_rank is not None)
+    _load_optimizer_(model, optimizer, read_tensors(directory / OPTIMIZER), directory)
     rng = directory / f"rng-{rank()}.safetensors"
     if rng.is_file():
         states = read_tensors(rng)
@@ -226,18 +226,18 @@ def _device_rng(device: torch.device) -> dict[str, Tensor]:
     return {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
 
 
-def _optimizer_tensors(policy: PersonalizedPolicy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: PersonalizedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}.{slot}": value
-        for name, parameter in policy.trainable().items()
+        for name, parameter in model.trainable().items()
         for slot, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def _load_optimizer_(
-    policy: PersonalizedPolicy, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], directory: Path
+    model: PersonalizedModel, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], directory: Path
 ) -> None:
-    parameters = policy.trainable()
+    parameters = model.trainable()
     for key, value in state.items():
         name, _, slot = key.rpartition(".")
         if name not in parameters:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from prlhf.config import Config, dump_config
 from prlhf.distributed import world_size
-from prlhf.engine.build import Job, build_job
+from prlhf.engine.build import PREFERENCE_METHODS, Job, build_job
 from prlhf.engine.final import peak_memory_bytes
 from prlhf.engine.reference import LiveReference, no_reference
-from prlhf.engine.step import accumulate_gradients_
+from prlhf.engine.step import Batch, accumulate_gradients_
 from prlhf.engine.trainer import batches_of_step
 from prlhf.evaluation.report import make_table
+from prlhf.models.policy import PersonalizedPolicy
 
 BYTES_PER_MOMENT_PAIR = 8  # two float32 moments a trained value
 
@@ -25,18 +28,18 @@ def describe_job(config: Config, run_dir: Path) -> str:
     job = build_job(config)
     loaded_s = time.perf_counter() - began
     step_s = _time_one_step(job)
-    total = sum(parameter.numel() for parameter in job.policy.parameters())
-    trainable = sum(parameter.numel() for parameter in job.policy.trainable().values())
-    weights = sum(p.numel() * p.element_size() for p in job.policy.parameters())
-    copies = 1 + int(job.policy.reference.frozen_copy)
+    total = sum(parameter.numel() for parameter in job.model.parameters())
+    trainable = sum(parameter.numel() for parameter in job.model.trainable().values())
+    weights = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    copies = 1 + int(isinstance(job.model, PersonalizedPolicy) and job.model.reference.frozen_copy)
     training = trainable * (4 + BYTES_PER_MOMENT_PAIR)
     lengths = np.array([row.num_tokens for row in job.rows])
     rows = [
         ["backbone", f"{config.model.backbone}, {total:,} parameters, {trainable:,} trained"],
         [
             "users",
-            f"{0 if job.policy.users is None else len(job.policy.users):,} known, "
-            f"{job.policy.soft_prompt.num_user_tokens} soft tokens each",
+            f"{0 if job.model.users is None else len(job.model.users):,} known, "
+            f"{job.model.soft_prompt.num_user_tokens} soft tokens each",
         ],
         ["rows", f"{len(job.rows):,} to train on; dropped: {dict(job.dropped) or 'none'}"],
         [
@@ -67,12 +70,14 @@ def describe_job(config: Config, run_dir: Path) -> str:
 def _time_one_step(job: Job) -> float:
     """Seconds of one step's forward and backward on this rank, after one to warm up."""
     seconds = 0.0
-    reference = no_reference if job.config.method == "sft" else LiveReference(job.policy.reference)
+    reference: Callable[[Batch], Any] = no_reference
+    if isinstance(job.model, PersonalizedPolicy) and job.config.method in PREFERENCE_METHODS:
+        reference = LiveReference(job.model.reference)
     for step in range(2):
         batches, num_rows = batches_of_step(job, step)
         began = time.perf_counter()
         accumulate_gradients_(
-            job.policy, job.objective, batches, reference_of=reference, num_global_rows=num_rows, autocast=job.autocast
+            job.model, job.objective, batches, reference_of=reference, num_global_rows=num_rows, autocast=job.autocast
         )
         seconds = time.perf_counter() - began
         job.optimizer.zero_grad(set_to_none=True)

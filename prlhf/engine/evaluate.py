@@ -20,7 +20,7 @@ from prlhf.errors import ConfigError, DataError
 from prlhf.evaluation.judges import RuleJudge
 from prlhf.evaluation.report import format_comparison, load_final, make_table
 from prlhf.evaluation.samples import Sample, win_rates
-from prlhf.models.assemble import load_policy, resolve_checkpoint
+from prlhf.models.assemble import load_model, resolve_checkpoint
 from prlhf.models.backbone import pad_token_id
 
 logger = logging.getLogger(__name__)
@@ -57,14 +57,14 @@ def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequ
             f"{directory}: trained with sft, which has no preferences to evaluate; see its eval/final.json"
         )
     device = pick_device(config.train.device)
-    policy = load_policy(directory, device=str(device))
+    model = load_model(directory, device=str(device))
     data = _known_rows(
-        load_preferences(config), policy.users.user_ids if policy.user_encoder and policy.users else None
+        load_preferences(config), model.users.user_ids if model.user_encoder and model.users else None
     )
     evaluator = Evaluator(
         config,
-        policy,
-        pad_id=pad_token_id(policy.tokenizer),
+        model,
+        pad_id=pad_token_id(model.tokenizer),
         autocast=make_autocast(config.train.precision, device),
         on_batch=lambda: None,
     )
@@ -87,7 +87,7 @@ def load_preferences(config: Config) -> PreferenceData:
 
 
 def _known_rows(data: PreferenceData, known: tuple[str, ...] | None) -> PreferenceData:
-    """Rows of users the policy does not know move to the unseen ones, aloud; only known ones are answered."""
+    """Rows of users the model does not know move to the unseen ones, aloud; only known ones are answered."""
     if known is None:
         return data
     data = dataclasses.replace(data, declared_users=tuple(user for user in data.user_ids() if user in known))

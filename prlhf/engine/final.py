@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from prlhf.config import Config
@@ -20,6 +19,7 @@ from prlhf.data.tokenize import Tokenized, TokenizedPair, TokenizedResponse, tok
 from prlhf.distributed import all_reduce_sum, barrier, is_main, rank, world_size
 from prlhf.engine.build import Autocast, Job, tokenize_limits
 from prlhf.engine.checkpoint import Progress
+from prlhf.engine.step import Model
 from prlhf.evaluation.accuracy import PairMargins, has_length_gap, score_pairs, summarize_accuracy, user_accuracies
 from prlhf.evaluation.judges import RuleJudge
 from prlhf.evaluation.samples import (
@@ -40,17 +40,17 @@ GENERATION_TIMEOUT_S = 24 * 3600.0  # the main rank answers alone, the others wa
 
 
 class Evaluator:
-    """Evaluates one policy under one configuration.
+    """Evaluates one policy or reward model under one configuration.
 
     Args:
         on_batch: called between batches; may raise to stop.
     """
 
     def __init__(
-        self, config: Config, policy: PersonalizedPolicy, *, pad_id: int, autocast: Autocast, on_batch: OnBatch
+        self, config: Config, model: Model, *, pad_id: int, autocast: Autocast, on_batch: OnBatch
     ) -> None:
         self.config = config
-        self.policy = policy
+        self.model = model
         self.autocast = autocast
         self.scoring: dict[str, Any] = {
             "pad_id": pad_id,
@@ -75,7 +75,9 @@ class Evaluator:
                 "seen": summarize_accuracy(seen.individual, seen.rows, seed=seed),
                 "unseen": summarize_accuracy(unseen.generic, unseen.rows, seed=seed),
                 "generic": summarize_accuracy(seen.generic, seen.rows, seed=seed),
-                "reference_logps": summarize_accuracy(seen.reference, seen.rows, seed=seed),
+                "reference_logps": None
+                if seen.reference is None
+                else summarize_accuracy(seen.reference, seen.rows, seed=seed),
             },
             "per_user": {
                 user: {"accuracy": individual[user], "generic_accuracy": generic[user], "num_rows": counts[user]}
@@ -85,35 +87,28 @@ class Evaluator:
         }
 
     def _slice(self, margins: PairMargins, members: list[int]) -> dict[str, Any]:
-        index = np.array(members)
-        part = PairMargins(
-            [margins.rows[i] for i in members],
-            margins.individual[index],
-            margins.generic[index],
-            margins.reference[index],
-        )
-        blocks = self._blocks(part, PairMargins([], *(np.zeros(0),) * 3))
+        blocks = self._blocks(margins.part(members), margins.part([]))
         return {**blocks["accuracy"], "per_user": blocks["per_user"]}
 
     def _margins(self, rows: Sequence[PreferenceRow], *, known_users: bool = True) -> PairMargins:
-        users = self.policy.users if known_users and self.policy.user_encoder is not None else None
+        users = self.model.users if known_users and self.model.user_encoder is not None else None
         tokenized: Tokenized[TokenizedPair] = tokenize_pairs(
-            rows, self.policy.tokenizer, users, **tokenize_limits(self.config, self.policy)
+            rows, self.model.tokenizer, users, **tokenize_limits(self.config, self.model)
         )
         with self.autocast():
-            return score_pairs(self.policy, rows, tokenized.rows, **self.scoring)
+            return score_pairs(self.model, rows, tokenized.rows, **self.scoring)
 
     def nll(self, rows: Sequence[ResponseRow]) -> dict[str, Any] | None:
         """Mean NLL per token of demonstrations, for sft; None when no row is left after tokenizing."""
         tokenized = self._tokenize_responses(rows)
         if not tokenized:
             return None
-        self.policy.eval()
+        self.model.eval()
         with self.autocast():
             scores = score_sequences(
-                self.policy, [TokenSequence(r.prompt_ids, r.response_ids) for r in tokenized], None, **self.scoring
+                self.model, [TokenSequence(r.prompt_ids, r.response_ids) for r in tokenized], None, **self.scoring
             )
-        return {"nll_per_token": float(-scores.logps.sum() / scores.tokens.sum()), "num_rows": len(tokenized)}
+        return {"nll_per_token": float(-scores.values.sum() / scores.tokens.sum()), "num_rows": len(tokenized)}
 
     def generations(self, prompts: Sequence[Prompt], users: Sequence[str], judge: RuleJudge | None) -> dict[str, Any]:
         """Answers of policy and reference for every user, and what judge and reference say of them."""
@@ -134,7 +129,8 @@ class Evaluator:
         }
 
     def _sample(self, prompts: Sequence[Prompt], users: Sequence[str], *, as_reference: bool) -> list[Sample]:
-        settings = self.config.eval
+        assert isinstance(self.model, PersonalizedPolicy)
+        policy, settings = self.model, self.config.eval
         options = SamplingOptions(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
@@ -143,7 +139,7 @@ class Evaluator:
         )
         with self.autocast():
             return sample_answers(
-                self.policy,
+                policy,
                 prompts,
                 users,
                 options=options,
@@ -151,7 +147,7 @@ class Evaluator:
                 max_prompt_tokens=self.config.data.max_prompt_tokens,
                 batch_rows=settings.batch_rows,
                 score=lambda answers: score_under_reference(
-                    self.policy, answers, self._tokenize_answers, **self.scoring
+                    policy, answers, self._tokenize_answers, **self.scoring
                 ),
                 on_batch=self.scoring["on_batch"],
             )
@@ -160,8 +156,8 @@ class Evaluator:
         return self._tokenize_responses([ResponseRow(prompt=prompt, response=answer) for _, prompt, answer in answers])
 
     def _tokenize_responses(self, rows: Sequence[ResponseRow]) -> list[TokenizedResponse]:
-        limits = tokenize_limits(self.config, self.policy)
-        return tokenize_responses(rows, self.policy.tokenizer, **limits).rows
+        limits = tokenize_limits(self.config, self.model)
+        return tokenize_responses(rows, self.model.tokenizer, **limits).rows
 
 
 def evaluate_preferences(
@@ -175,7 +171,7 @@ def evaluate_preferences(
     }
     figures.update({"win_rate": None, "on_side": None, "text": None})
     wanted = evaluator.config.eval.generate
-    if not wanted or not data.eval_seen:
+    if not wanted or not data.eval_seen or not isinstance(evaluator.model, PersonalizedPolicy):
         return figures, {}
     judge = RuleJudge() if data.source == "builtin:psoups" else None
     prompts = list(dict.fromkeys(row.prompt for row in data.eval_seen))[:wanted]
@@ -188,7 +184,7 @@ def evaluate_preferences(
 def evaluate_run(job: Job, progress: Progress, run_dir: Path, *, setup_s: float, on_batch: OnBatch) -> dict[str, Any]:
     """The final evaluation, written to `eval/final.json` and `samples/`."""
     began = time.perf_counter()
-    evaluator = Evaluator(job.config, job.policy, pad_id=job.pad_id, autocast=job.autocast, on_batch=on_batch)
+    evaluator = Evaluator(job.config, job.model, pad_id=job.pad_id, autocast=job.autocast, on_batch=on_batch)
     samples: dict[str, list[Sample]] = {}
     if job.preferences is None:
         figures: dict[str, Any] = {"dev": evaluator.nll(job.dev_responses)}
@@ -212,7 +208,7 @@ def evaluate_run(job: Job, progress: Progress, run_dir: Path, *, setup_s: float,
             "rows_per_s": progress.rows_seen / seconds,
             "tokens_per_s": sum(_of_all_ranks(progress.tokens_seen)) / seconds,
             "peak_memory_bytes": max(_of_all_ranks(peak_memory_bytes())),
-            "peak_device_bytes": max(_of_all_ranks(_peak_device_bytes(job.policy.device))),
+            "peak_device_bytes": max(_of_all_ranks(_peak_device_bytes(job.model.device))),
         },
         "skipped_steps": progress.skipped_steps,
         "seconds": progress.train_seconds,
@@ -228,7 +224,7 @@ def evaluate_step(job: Job, progress: Progress, run_dir: Path, *, on_batch: OnBa
     """Accuracy on the dev rows during training, to `eval/step-*.json`."""
     if job.preferences is None or not job.preferences.dev:
         return
-    evaluator = Evaluator(job.config, job.policy, pad_id=job.pad_id, autocast=job.autocast, on_batch=on_batch)
+    evaluator = Evaluator(job.config, job.model, pad_id=job.pad_id, autocast=job.autocast, on_batch=on_batch)
     figures = evaluator.accuracy(job.preferences.dev[: job.config.eval.rows], [])
     if is_main():
         (run_dir / "eval").mkdir(exist_ok=True)

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 
 from prlhf.data.collate import PairBatch, ResponseBatch
-from prlhf.losses import PairwiseKind, PreferenceLoss, dpo_loss, pdpo_loss
+from prlhf.losses import PairwiseKind, PreferenceLoss, bradley_terry_loss, dpo_loss, pdpo_loss, prm_loss
 from prlhf.models.policy import PersonalizedPolicy, ResponseLogps
+from prlhf.models.reward import PersonalizedRewardModel
 
-Method = Literal["sft", "dpo", "pdpo"]
-FIGURES = (
+Method = Literal["sft", "dpo", "pdpo", "rm", "prm"]
+REWARD_FIGURES = (
     "rewards/accuracies",
     "rewards/margins",
     "rewards/chosen",
     "rewards/rejected",
+)
+LOGP_FIGURES = (
     "logps/chosen",
     "logps/rejected",
     "nll/chosen",
@@ -46,8 +49,8 @@ class Objective:
     global batch is cut into micro-batches and ranks.
 
     Args:
-        method: "sft": NLL of the response in nats, summed over its tokens; "dpo"; "pdpo".
-        alpha: weight of the individual term, 1 - alpha of the generic one (pdpo).
+        method: "sft": NLL of the response in nats, summed over its tokens; "dpo"; "pdpo"; "rm"; "prm".
+        alpha: weight of the individual term, 1 - alpha of the generic one (pdpo, prm).
         sft_weight: weight of the chosen response's NLL per token, in both terms.
     """
 
@@ -60,17 +63,42 @@ class Objective:
 
     def figure_names(self) -> list[str]:
         """Names of the sums that every micro-batch returns, the same on a rank that has no row."""
-        prefixes = {"sft": (), "dpo": ("",), "pdpo": ("", "individual/", "generic/")}[self.method]
-        return ["loss", *(prefix + name for prefix in prefixes for name in FIGURES)]
+        terms = {"sft": (), "dpo": ("",), "rm": ("",)}.get(self.method, ("", "individual/", "generic/"))
+        names = REWARD_FIGURES if self.method in ("rm", "prm") else (*REWARD_FIGURES, *LOGP_FIGURES)
+        return ["loss", *(term + name for term in terms for name in names)]
 
     def __call__(
-        self, policy: PersonalizedPolicy, batch: PairBatch | ResponseBatch, reference: ReferenceLogps | None
+        self,
+        model: PersonalizedPolicy | PersonalizedRewardModel,
+        batch: PairBatch | ResponseBatch,
+        reference: ReferenceLogps | None,
     ) -> RowLosses:
-        """Losses and figures of one micro-batch; `reference` is None for sft alone."""
+        """Losses and figures of one micro-batch; `reference` is None for sft and for reward models."""
+        if isinstance(model, PersonalizedRewardModel):
+            assert isinstance(batch, PairBatch)
+            return self._prm(model, batch) if self.method == "prm" else self._rm(model, batch)
         if isinstance(batch, ResponseBatch):
-            return self._sft(policy, batch)
+            return self._sft(model, batch)
         assert reference is not None
-        return self._pdpo(policy, batch, reference) if self.method == "pdpo" else self._dpo(policy, batch, reference)
+        return self._pdpo(model, batch, reference) if self.method == "pdpo" else self._dpo(model, batch, reference)
+
+    def _rm(self, model: PersonalizedRewardModel, batch: PairBatch) -> RowLosses:
+        out = bradley_terry_loss(*model.scores(batch, None))
+        return RowLosses(out.losses, {"loss": out.losses.detach().sum(), **_reward_figures(out, "")})
+
+    def _prm(self, model: PersonalizedRewardModel, batch: PairBatch) -> RowLosses:
+        individual = model.scores(batch, batch.user_ids)
+        generic = model.scores(batch, torch.zeros_like(batch.user_ids))
+        out = prm_loss(*individual, *generic, alpha=self.alpha)
+        return RowLosses(
+            out.losses,
+            {
+                "loss": out.losses.detach().sum(),
+                **_reward_figures(out.individual, ""),
+                **_reward_figures(out.individual, "individual/"),
+                **_reward_figures(out.generic, "generic/"),
+            },
+        )
 
     def _sft(self, policy: PersonalizedPolicy, batch: ResponseBatch) -> RowLosses:
         """Maximum likelihood of whole responses: a mean over tokens would make short responses' ends too likely."""
@@ -123,14 +151,15 @@ def _chosen_nll(logps: ResponseLogps) -> Tensor:
 
 def _figures(out: PreferenceLoss, logps: ResponseLogps, prefix: str) -> dict[str, Tensor]:
     """Sums over rows of TRL's figures."""
+    values = (logps.chosen.detach(), logps.rejected.detach(), _chosen_nll(logps).detach())
+    return {**_reward_figures(out, prefix), **_summed(LOGP_FIGURES, values, prefix)}
+
+
+def _reward_figures(out: PreferenceLoss, prefix: str) -> dict[str, Tensor]:
     margins = out.chosen_rewards - out.rejected_rewards
-    values = (
-        (margins > 0).float(),
-        margins,
-        out.chosen_rewards,
-        out.rejected_rewards,
-        logps.chosen.detach(),
-        logps.rejected.detach(),
-        _chosen_nll(logps).detach(),
-    )
-    return {prefix + name: value.sum() for name, value in zip(FIGURES, values, strict=True)}
+    values = ((margins > 0).float(), margins, out.chosen_rewards, out.rejected_rewards)
+    return _summed(REWARD_FIGURES, values, prefix)
+
+
+def _summed(names: tuple[str, ...], values: tuple[Tensor, ...], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: value.sum() for name, value in zip(names, values, strict=True)}

@@ -14,8 +14,10 @@ from prlhf.distributed import all_reduce_any
 from prlhf.engine.objective import Objective, ReferenceLogps
 from prlhf.engine.optim import all_reduce_gradients_, clip_gradients_
 from prlhf.models.policy import PersonalizedPolicy
+from prlhf.models.reward import PersonalizedRewardModel
 
 Batch = PairBatch | ResponseBatch
+Model = PersonalizedPolicy | PersonalizedRewardModel
 
 
 @dataclass
@@ -30,7 +32,7 @@ class StepResult:
 
 
 def accumulate_gradients_(
-    policy: PersonalizedPolicy,
+    model: Model,
     objective: Objective,
     batches: Sequence[Batch],
     *,
@@ -42,7 +44,7 @@ def accumulate_gradients_(
     result = StepResult()
     for batch in batches:
         with autocast():
-            row_losses = objective(policy, batch, reference_of(batch))
+            row_losses = objective(model, batch, reference_of(batch))
         (row_losses.losses.sum() / num_global_rows).backward()
         for name, value in row_losses.sums.items():
             result.sums[name] = result.sums[name] + value if name in result.sums else value
@@ -52,7 +54,7 @@ def accumulate_gradients_(
 
 
 def train_step_(
-    policy: PersonalizedPolicy,
+    model: Model,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
     batches: Sequence[Batch],
@@ -68,9 +70,9 @@ def train_step_(
     a skipped step leaves parameters and optimizer state bitwise unchanged.
     """
     result = accumulate_gradients_(
-        policy, objective, batches, reference_of=reference_of, num_global_rows=num_global_rows, autocast=autocast
+        model, objective, batches, reference_of=reference_of, num_global_rows=num_global_rows, autocast=autocast
     )
-    parameters = list(policy.trainable().values())
+    parameters = list(model.trainable().values())
     all_reduce_gradients_(parameters)
     result.grad_norm = clip_gradients_(parameters, max_grad_norm)
     loss = result.sums.get("loss", result.grad_norm)

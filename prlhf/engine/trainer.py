@@ -16,7 +16,7 @@ from prlhf.data.collate import collate_pairs, collate_responses
 from prlhf.data.sampler import cut_microbatches, global_batch, shard
 from prlhf.data.tokenize import TokenizedPair
 from prlhf.distributed import all_reduce_any, is_main, rank, world_size
-from prlhf.engine.build import Job, build_job
+from prlhf.engine.build import PREFERENCE_METHODS, Job, build_job
 from prlhf.engine.checkpoint import (
     CONFIG,
     Progress,
@@ -36,6 +36,7 @@ from prlhf.engine.run_dir import RunDir
 from prlhf.engine.step import Batch, StepResult, train_step_
 from prlhf.errors import Preempted, PrlhfError, RunDirError
 from prlhf.evaluation.report import load_final
+from prlhf.models.policy import PersonalizedPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
         progress = Progress()
         if checkpoint is not None:
             progress = load_checkpoint_(
-                checkpoint, job.policy, job.optimizer, spec=job.spec, data_sha256=job.data_sha256
+                checkpoint, job.model, job.optimizer, spec=job.spec, data_sha256=job.data_sha256
             )
             logger.info("resumed from %s at step %d", checkpoint, progress.step)
         lock.start(dump_config(config), step=progress.step)
@@ -99,7 +100,7 @@ def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[
         set_learning_rate_(job.optimizer, factor)
         batches, num_global_rows = batches_of_step(job, progress.step)
         result = train_step_(
-            job.policy,
+            job.model,
             job.optimizer,
             job.objective,
             batches,
@@ -128,7 +129,7 @@ def save_job(job: Job, progress: Progress, run_dir: Path) -> None:
     """Write the checkpoint of the current step, on all ranks."""
     save_checkpoint(
         run_dir,
-        job.policy,
+        job.model,
         job.optimizer,
         progress,
         RunIdentity(job.spec, job.config.method, dump_config(job.config), job.data_sha256),
@@ -145,13 +146,13 @@ def batches_of_step(job: Job, step: int) -> tuple[list[Batch], int]:
     config = job.config
     indices = global_batch(step, num_rows=len(job.rows), batch_rows=config.train.batch_rows, seed=config.seed)
     mine = shard(indices, rank(), world_size())
-    num_soft = job.policy.soft_prompt.num_user_tokens
+    num_soft = job.model.soft_prompt.num_user_tokens
     copies = 1 if config.method == "sft" else 2
     cuts = cut_microbatches(
         mine, lambda i: copies * (job.rows[i].num_tokens + num_soft), config.train.microbatch_tokens
     )
     collate: Any = collate_responses if config.method == "sft" else collate_pairs
-    return [collate([job.rows[i] for i in cut], job.pad_id).to(job.policy.device) for cut in cuts], len(indices)
+    return [collate([job.rows[i] for i in cut], job.pad_id).to(job.model.device) for cut in cuts], len(indices)
 
 
 def _count_(progress: Progress, result: StepResult, num_rows: int, seconds: float, max_skipped: int) -> None:
@@ -171,12 +172,12 @@ def _count_(progress: Progress, result: StepResult, num_rows: int, seconds: floa
 
 
 def _make_reference(job: Job, stop: StopFlag) -> Callable[[Batch], Any]:
-    if job.config.method == "sft":
+    if not isinstance(job.model, PersonalizedPolicy) or job.config.method not in PREFERENCE_METHODS:
         return no_reference
     if job.config.model.reference == "live":
-        return LiveReference(job.policy.reference)
+        return LiveReference(job.model.reference)
     return compute_reference_table(
-        job.policy.reference,
+        job.model.reference,
         [row for row in job.rows if isinstance(row, TokenizedPair)],
         pad_id=job.pad_id,
         microbatch_tokens=job.config.train.microbatch_tokens,

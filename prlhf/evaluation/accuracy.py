@@ -1,4 +1,4 @@
-"""Reward accuracy of a policy on preference rows: with each user's own soft prompt, and with the generic one."""
+"""Reward accuracy on preference rows, of a policy or a reward model: as each row's user, and as the generic one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from prlhf.data.records import GENERIC_USER_ID, PreferenceRow
 from prlhf.data.tokenize import TokenizedPair
 from prlhf.evaluation.scoring import score_pair_responses
+from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
 
 NUM_RESAMPLES = 1000
@@ -24,19 +25,25 @@ class PairMargins:
 
     Args:
         rows: N records.
-        individual: (N,) policy log-ratio margin over the reference's as the row's user, nats.
-        generic: the same as the generic user; equal to `individual` for policies without users.
-        reference: (N,) the reference's own log-prob margin.
+        individual: (N,) margin as the row's user: of a policy's log-ratios to its reference, nats; of reward scores.
+        generic: the same as the generic user; equal to `individual` for models without users.
+        reference: (N,) the reference's own log-prob margin; None for reward models.
     """
 
     rows: list[PreferenceRow]
     individual: NDArray[np.float64]
     generic: NDArray[np.float64]
-    reference: NDArray[np.float64]
+    reference: NDArray[np.float64] | None
+
+    def part(self, members: Sequence[int]) -> PairMargins:
+        """The rows at these positions."""
+        index = np.array(members, dtype=np.int64)
+        reference = None if self.reference is None else self.reference[index]
+        return PairMargins([self.rows[i] for i in members], self.individual[index], self.generic[index], reference)
 
 
 def score_pairs(
-    policy: PersonalizedPolicy,
+    model: PersonalizedModel,
     rows: Sequence[PreferenceRow],
     tokenized: Sequence[TokenizedPair],
     *,
@@ -51,22 +58,25 @@ def score_pairs(
         on_batch: called between batches; may raise to stop.
     """
     options: dict[str, Any] = {"pad_id": pad_id, "microbatch_tokens": microbatch_tokens, "on_batch": on_batch}
-    with policy.reference.active() as frozen:
-        reference = _margins(frozen, tokenized, None, **options)
+    reference = None
+    if isinstance(model, PersonalizedPolicy):
+        with model.reference.active() as frozen:
+            reference = _margins(frozen, tokenized, None, **options)
     own_ids = [row.user_id for row in tokenized]
-    generic_ids = None if policy.user_encoder is None else [GENERIC_USER_ID] * len(tokenized)
-    generic = _margins(policy, tokenized, generic_ids, **options)
+    generic_ids = None if model.user_encoder is None else [GENERIC_USER_ID] * len(tokenized)
+    generic = _margins(model, tokenized, generic_ids, **options)
     unseen = generic_ids in (None, own_ids)
-    individual = generic if unseen else _margins(policy, tokenized, own_ids, **options)
-    return PairMargins([rows[row.row] for row in tokenized], individual - reference, generic - reference, reference)
+    individual = generic if unseen else _margins(model, tokenized, own_ids, **options)
+    offset = 0.0 if reference is None else reference
+    return PairMargins([rows[row.row] for row in tokenized], individual - offset, generic - offset, reference)
 
 
 def _margins(
-    policy: PersonalizedPolicy, rows: Sequence[TokenizedPair], user_ids: Sequence[int] | None, **options: Any
+    model: PersonalizedModel, rows: Sequence[TokenizedPair], user_ids: Sequence[int] | None, **options: Any
 ) -> NDArray[np.float64]:
-    """Log-prob of the chosen response minus that of the rejected one, (N,), the same on every rank."""
-    logps = score_pair_responses(policy, rows, user_ids, **options).double().numpy()
-    return logps[:, 0] - logps[:, 1]
+    """Value of the chosen response minus that of the rejected one, (N,), the same on every rank."""
+    values = score_pair_responses(model, rows, user_ids, **options).double().numpy()
+    return values[:, 0] - values[:, 1]
 
 
 def summarize_accuracy(

@@ -93,7 +93,7 @@ def score_under_reference(
             on_batch=on_batch,
         )
     places = np.array([row.row for row in tokenized], dtype=np.int64)
-    nll[places] = (-scores.logps / scores.tokens).numpy()
+    nll[places] = (-scores.values / scores.tokens).numpy()
     tokens[places] = scores.tokens.numpy()
     return [
         Sample(user, prompt, answer, float(nll[i]), int(tokens[i])) for i, (user, prompt, answer) in enumerate(answers)

@@ -1,4 +1,4 @@
-"""Log-probs of many ragged sequences, scored in padded batches of similar length."""
+"""Log-probs or reward scores of many ragged sequences, in padded batches of similar length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prlhf.data.records import GENERIC_USER_ID
 from prlhf.data.sampler import cut_microbatches
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
 from prlhf.distributed import all_reduce_sum, rank, world_size
-from prlhf.models.policy import PersonalizedPolicy
+from prlhf.models.personalized import PersonalizedModel
 
 
 class TokenSequence(NamedTuple):
@@ -24,14 +24,17 @@ class TokenSequence(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Summed log-probs in nats (N,) float32 and response tokens (N,) int64, on the CPU, in the order given."""
+    """Values (N,) float32 and response tokens (N,) int64, on the CPU, in the order given.
 
-    logps: Tensor
+    The value of a response is its summed log-prob in nats under a policy, its score under a reward model.
+    """
+
+    values: Tensor
     tokens: Tensor
 
 
 def score_sequences(
-    policy: PersonalizedPolicy,
+    model: PersonalizedModel,
     sequences: Sequence[TokenSequence],
     user_ids: Sequence[int] | None,
     *,
@@ -39,7 +42,7 @@ def score_sequences(
     microbatch_tokens: int,
     on_batch: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Log-probs of each response after its prompt, in evaluation mode and without gradient.
+    """Value of each response after its prompt, in evaluation mode and without gradient.
 
     Args:
         sequences: N of them, any lengths.
@@ -51,32 +54,32 @@ def score_sequences(
         TokenizedResponse(row, user_id, *sequence)
         for row, (sequence, user_id) in enumerate(zip(sequences, users, strict=True))
     ]
-    num_soft = 0 if user_ids is None else policy.soft_prompt.num_user_tokens
+    num_soft = 0 if user_ids is None else model.soft_prompt.num_user_tokens
     cuts = cut_microbatches(range(len(rows)), lambda i: rows[i].num_tokens + num_soft, microbatch_tokens)
     results = []
-    with policy.evaluating():
+    with model.evaluating():
         for members in cuts:
             on_batch()
-            batch = collate_responses([rows[i] for i in members], pad_id).to(policy.device)
-            results.append(policy.sequence_logps(batch, None if user_ids is None else batch.user_ids))
+            batch = collate_responses([rows[i] for i in members], pad_id).to(model.device)
+            results.append(model.sequence_values(batch, None if user_ids is None else batch.user_ids))
     scores = Scores(torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.int64))
     # The device is waited for here alone, not once a batch.
-    for members, (logps, tokens) in zip(cuts, results, strict=True):
-        scores.logps[members], scores.tokens[members] = logps.cpu(), tokens.cpu()
+    for members, (values, tokens) in zip(cuts, results, strict=True):
+        scores.values[members], scores.tokens[members] = values.cpu(), tokens.cpu()
     return scores
 
 
 def score_pair_responses(
-    policy: PersonalizedPolicy, rows: Sequence[TokenizedPair], user_ids: Sequence[int] | None, **options: Any
+    model: PersonalizedModel, rows: Sequence[TokenizedPair], user_ids: Sequence[int] | None, **options: Any
 ) -> Tensor:
-    """Log-probs of the chosen and the rejected response of each row, the work shared between ranks.
+    """Values of the chosen and the rejected response of each row, the work shared between ranks.
 
     What recurs is scored once: several users over one pair under one soft prompt, and the same pair with either label.
 
     Args:
         user_ids: one a row, 0 is generic; None: no soft prompt.
         **options: of `score_sequences`.
-    Returns: (N, 2) float32 nats on the CPU, the same on every rank.
+    Returns: (N, 2) float32 on the CPU, the same on every rank.
     """
     distinct: dict[tuple[TokenSequence, int], int] = {}
     places = torch.zeros(len(rows), 2, dtype=torch.int64)
@@ -86,8 +89,8 @@ def score_pair_responses(
             places[i, j] = distinct.setdefault((TokenSequence(row.prompt_ids, response), user), len(distinct))
     mine = list(distinct)[rank() :: world_size()]
     users = None if user_ids is None else [user for _, user in mine]
-    scores = score_sequences(policy, [sequence for sequence, _ in mine], users, **options)
-    # On the policy's device, because NCCL sums nothing on the CPU; each entry is one rank's score plus zeros.
-    logps = torch.zeros(len(distinct), device=policy.device)
-    logps[rank() :: world_size()] = scores.logps.to(policy.device)
-    return all_reduce_sum(logps).cpu()[places]
+    scores = score_sequences(model, [sequence for sequence, _ in mine], users, **options)
+    # On the model's device, because NCCL sums nothing on the CPU; each entry is one rank's value plus zeros.
+    values = torch.zeros(len(distinct), device=model.device)
+    values[rank() :: world_size()] = scores.values.to(model.device)
+    return all_reduce_sum(values).cpu()[places]

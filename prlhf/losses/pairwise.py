@@ -65,4 +65,4 @@ def check_row_shapes(**rows: Tensor) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in rows.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
         got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        raise ValueError(f"log-probabilities must all be (B,) of one B; got {got}")
+        raise ValueError(f"rows must all be (B,) of one B; got {got}")

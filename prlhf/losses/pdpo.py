@@ -47,8 +47,6 @@ def pdpo_loss(
     Raises: ValueError: shapes differ or are not (B,), an unknown kind, alpha, beta or label_smoothing out of range.
     Source: Li et al. 2024, arXiv:2402.05133, the P-DPO objective.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: got {alpha}, expected at least 0 and at most 1")
     reference = (reference_chosen_logps, reference_rejected_logps)
     individual = dpo_loss(
         individual_chosen_logps,
@@ -61,4 +59,14 @@ def pdpo_loss(
     generic = dpo_loss(
         generic_chosen_logps, generic_rejected_logps, *reference, beta=beta, kind=kind, label_smoothing=label_smoothing
     )
+    return mix_terms(individual, generic, alpha=alpha)
+
+
+def mix_terms(individual: PreferenceLoss, generic: PreferenceLoss, *, alpha: float) -> PersonalizedLoss:
+    """alpha times the individual term plus 1 - alpha times the generic one, row by row.
+
+    Raises: ValueError: alpha outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha: got {alpha}, expected at least 0 and at most 1")
     return PersonalizedLoss(alpha * individual.losses + (1 - alpha) * generic.losses, individual, generic)

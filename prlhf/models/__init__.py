@@ -1,6 +1,28 @@
-"""Backbone, adapters, soft prompt, and the policy made of them."""
+"""Backbone, adapters, soft prompt, and the policy and reward model made of them."""
 
-from prlhf.models.assemble import PolicySpec, load_policy, make_policy
+from prlhf.models.assemble import (
+    PolicySpec,
+    load_model,
+    load_policy,
+    load_reward_model,
+    make_policy,
+    make_reward_model,
+)
+from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference, ResponseLogps
+from prlhf.models.reward import PersonalizedRewardModel, ResponseScores
 
-__all__ = ["PersonalizedPolicy", "PolicySpec", "Reference", "ResponseLogps", "load_policy", "make_policy"]
+__all__ = [
+    "PersonalizedModel",
+    "PersonalizedPolicy",
+    "PersonalizedRewardModel",
+    "PolicySpec",
+    "Reference",
+    "ResponseLogps",
+    "ResponseScores",
+    "load_model",
+    "load_policy",
+    "load_reward_model",
+    "make_policy",
+    "make_reward_model",
+]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,8 +17,10 @@ from prlhf.data.records import UserIndex
 from prlhf.errors import CheckpointError
 from prlhf.files import find_damage, read_json
 from prlhf.models.backbone import embedding_dim, hash_state, input_embedding, load_backbone, load_tokenizer
-from prlhf.models.lora import add_lora_, lora_state_dict
+from prlhf.models.lora import PEFT_PREFIX, add_lora_, lora_state_dict
+from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
+from prlhf.models.reward import PersonalizedRewardModel
 from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts
 from prlhf.usermodel import ClusterUserModel, IndividualUserModel, UniformUserModel, UserModel
 
@@ -27,6 +29,9 @@ USERS = "users.safetensors"
 USER_IDS = "users.json"
 STATE = "state.json"
 
+REWARD_METHODS = ("rm", "prm")
+HEAD_KEY = "score.weight"  # as in transformers' sequence classifiers
+Model = TypeVar("Model", bound=PersonalizedModel)
 UserKind: TypeAlias = Literal["none", "uniform", "individual", "cluster"]
 
 
@@ -63,12 +68,21 @@ def make_policy(spec: PolicySpec, user_ids: Sequence[str], *, tokenizer: Any = N
         tokenizer: stands in for the backbone's own.
     Raises: ModelError: the backbone or a LoRA target cannot be used.
     """
+    return _make_model(PersonalizedPolicy, spec, user_ids, tokenizer)
+
+
+def make_reward_model(spec: PolicySpec, user_ids: Sequence[str], *, tokenizer: Any = None) -> PersonalizedRewardModel:
+    """The reward model before its first step, whose scores are all 0; otherwise as `make_policy`."""
+    return _make_model(PersonalizedRewardModel, spec, user_ids, tokenizer)
+
+
+def _make_model(kind: type[Model], spec: PolicySpec, user_ids: Sequence[str], tokenizer: Any) -> Model:
     backbone, own_tokenizer = load_backbone(spec.backbone, dtype=spec.dtype, seed=spec.seed)
     users = UserIndex([] if spec.user_kind == "none" else user_ids)
     user_encoder = _make_user_encoder(spec, num_users=len(users), dim=embedding_dim(backbone))
     tokenizer = own_tokenizer if tokenizer is None else tokenizer
-    policy = PersonalizedPolicy(backbone, tokenizer, user_encoder=user_encoder, users=users)
-    policy.base_sha256 = hash_state(backbone)
+    model = kind(backbone, tokenizer, user_encoder=user_encoder, users=users)
+    model.base_sha256 = hash_state(backbone)
     if spec.lora_rank is not None:
         add_lora_(
             backbone,
@@ -78,7 +92,7 @@ def make_policy(spec: PolicySpec, user_ids: Sequence[str], *, tokenizer: Any = N
             targets=spec.lora_targets,
             seed=spec.seed,
         )
-    return policy
+    return model
 
 
 def _make_user_encoder(spec: PolicySpec, *, num_users: int, dim: int) -> UserModel | None:
@@ -91,7 +105,7 @@ def _make_user_encoder(spec: PolicySpec, *, num_users: int, dim: int) -> UserMod
 
 
 @torch.no_grad()
-def init_user_encoder_(policy: PersonalizedPolicy, spec: PolicySpec, probes: Sequence[Sequence[int]]) -> None:
+def init_user_encoder_(policy: PersonalizedModel, spec: PolicySpec, probes: Sequence[Sequence[int]]) -> None:
     """Starting soft prompts; of several draws the mildest are kept.
 
     A soft prompt moves the policy at step 0, by nats a response in a bad draw, and preference losses never repair that.
@@ -121,7 +135,7 @@ def init_user_encoder_(policy: PersonalizedPolicy, spec: PolicySpec, probes: Seq
     policy.user_encoder.init_(mildest if spec.user_kind == "cluster" else mildest[0])
 
 
-def _disturbance(policy: PersonalizedPolicy, candidates: Tensor, probe: Sequence[int]) -> Tensor:
+def _disturbance(policy: PersonalizedModel, candidates: Tensor, probe: Sequence[int]) -> Tensor:
     """How far each candidate prompt moves the next-token distributions of a text: mean KL in nats, (count,)."""
     text = policy.input_embeds(torch.tensor([list(probe)], device=policy.device), None)
     plain = _next_token_logps(policy, text)[1:]
@@ -133,23 +147,27 @@ def _disturbance(policy: PersonalizedPolicy, candidates: Tensor, probe: Sequence
     return torch.stack([(plain.exp() * (plain - other)).sum(-1).mean() for other in moved])
 
 
-def _next_token_logps(policy: PersonalizedPolicy, embeds: Tensor) -> Tensor:
+def _next_token_logps(policy: PersonalizedModel, embeds: Tensor) -> Tensor:
     """(L, V) of embeddings (1, L, D)."""
     return policy.backbone(inputs_embeds=embeds, use_cache=False).logits[0].float().log_softmax(-1)
 
 
-def trained_tensors(policy: PersonalizedPolicy, *, lora: bool) -> dict[str, Tensor]:
-    """The backbone's trained tensors: adapters under PEFT's names, or all weights under the model's own.
+def trained_tensors(model: PersonalizedModel, *, lora: bool) -> dict[str, Tensor]:
+    """Trained tensors but the users': adapters under PEFT's names, or all weights under the model's own; and the head.
 
     They share the parameters' storage.
     """
     if lora:
-        return lora_state_dict(policy.backbone)
-    return {name: parameter.detach() for name, parameter in policy.backbone.named_parameters()}
+        tensors = lora_state_dict(model.backbone)
+    else:
+        tensors = {name: parameter.detach() for name, parameter in model.backbone.named_parameters()}
+    if isinstance(model, PersonalizedRewardModel):
+        tensors[PEFT_PREFIX + HEAD_KEY if lora else HEAD_KEY] = model.score.weight.detach()
+    return tensors
 
 
 @torch.no_grad()
-def load_trained_(policy: PersonalizedPolicy, directory: Path, *, lora: bool) -> None:
+def load_trained_(policy: PersonalizedModel, directory: Path, *, lora: bool) -> None:
     """Fill a policy made from the same spec with a checkpoint's tensors; all of them or none.
 
     Raises: CheckpointError: missing, unexpected, misshapen or non-finite tensors, by name.
@@ -202,6 +220,32 @@ def load_policy(checkpoint_dir: str | Path, *, device: str = "cpu") -> Personali
 
     The tokenizer is the checkpoint's own, so that a change of the backbone's leaves the policy as it was trained.
 
+    Raises: CheckpointError: damaged, trained on another base model, or a reward model. ModelError: the backbone cannot
+        be loaded.
+    """
+    model = load_model(checkpoint_dir, device=device)
+    if isinstance(model, PersonalizedPolicy):
+        return model
+    raise CheckpointError(f"{checkpoint_dir}: holds a reward model, which scores and cannot answer; give a policy")
+
+
+def load_reward_model(checkpoint_dir: str | Path, *, device: str = "cpu") -> PersonalizedRewardModel:
+    """The trained reward model of a checkpoint or run directory; see `load_policy`.
+
+    Raises: CheckpointError: damaged, trained on another base model, or a policy. ModelError: the backbone cannot be
+        loaded.
+    """
+    model = load_model(checkpoint_dir, device=device)
+    if isinstance(model, PersonalizedRewardModel):
+        return model
+    raise CheckpointError(f"{checkpoint_dir}: holds a policy; give a run of method rm or prm")
+
+
+def load_model(
+    checkpoint_dir: str | Path, *, device: str = "cpu"
+) -> PersonalizedPolicy | PersonalizedRewardModel:
+    """The policy or reward model of a checkpoint or run directory, by its method; see `load_policy`.
+
     Raises: CheckpointError: damaged, or trained on another base model. ModelError: the backbone cannot be loaded.
     """
     directory = resolve_checkpoint(Path(checkpoint_dir))
@@ -210,17 +254,18 @@ def load_policy(checkpoint_dir: str | Path, *, device: str = "cpu") -> Personali
         raise CheckpointError(*(f"{line}; use another checkpoint" for line in damage))
     state = read_json(directory / STATE)
     spec = spec_from_dict(state["policy"])
+    make = make_reward_model if state["method"] in REWARD_METHODS else make_policy
     tokenizer = load_tokenizer(directory, str(directory))
-    policy = make_policy(spec, read_json(directory / USER_IDS)["user_ids"], tokenizer=tokenizer)
-    if policy.base_sha256 != state["base_sha256"]:
+    model = make(spec, read_json(directory / USER_IDS)["user_ids"], tokenizer=tokenizer)
+    if model.base_sha256 != state["base_sha256"]:
         raise CheckpointError(
             f"{directory}: trained on another base model than {spec.backbone!r} is now; restore its weights"
         )
-    policy.to(device)
-    if spec.lora_rank is None:
-        policy.reference = Reference(policy, frozen_copy=True)
-    load_trained_(policy, directory, lora=spec.lora_rank is not None)
-    return policy.eval()
+    model.to(device)
+    if isinstance(model, PersonalizedPolicy) and spec.lora_rank is None:
+        model.reference = Reference(model, frozen_copy=True)
+    load_trained_(model, directory, lora=spec.lora_rank is not None)
+    return model.eval()
 
 
 def spec_to_dict(spec: PolicySpec) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from torch.nn import functional as F
 from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
 from prlhf.data.records import UserIndex
 from prlhf.losses import response_logps, response_token_counts
-from prlhf.models.backbone import input_embedding
 from prlhf.models.lora import adapters_disabled
-from prlhf.models.soft_prompt import SoftPromptAdapter
+from prlhf.models.personalized import PersonalizedModel
 from prlhf.usermodel import UserModel
 
 
@@ -29,17 +28,13 @@ class ResponseLogps(NamedTuple):
     rejected_tokens: Tensor
 
 
-class PersonalizedPolicy(nn.Module):
+class PersonalizedPolicy(PersonalizedModel):
     """A causal LM, a user encoder, the soft-prompt adapter between them, and the frozen reference.
 
     Every log-prob that training, evaluation and scoring use comes from `logps` or `sequence_logps`; a faster
     arrangement of the same rows (packing, prefix sharing) belongs behind them.
 
-    Args:
-        backbone: any transformers causal LM, with or without LoRA inside.
-        tokenizer: the backbone's tokenizer; its BOS decides where the soft prompt goes.
-        user_encoder: user ids -> (B, T, D); None for methods without users.
-        users: string ids of the user encoder's rows.
+    Args: those of `PersonalizedModel`.
     """
 
     def __init__(
@@ -50,38 +45,8 @@ class PersonalizedPolicy(nn.Module):
         user_encoder: UserModel | None = None,
         users: UserIndex | None = None,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.tokenizer = tokenizer
-        self.user_encoder = user_encoder
-        self.users = users
-        self.soft_prompt = SoftPromptAdapter(
-            has_bos=tokenizer.bos_token_id is not None,
-            num_user_tokens=0 if user_encoder is None else user_encoder.num_user_tokens,
-        )
+        super().__init__(backbone, tokenizer, user_encoder=user_encoder, users=users)
         self.reference: Reference = Reference(self)
-        self.base_sha256 = ""  # of the backbone's weights before training, set by whoever loads them
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the backbone's weights."""
-        return next(self.backbone.parameters()).device
-
-    def input_embeds(self, input_ids: Tensor, user_ids: Tensor | None) -> Tensor:
-        """Embeddings of the sequence, with the users' soft prompts in their place.
-
-        Args:
-            input_ids: (N, L) int64, right-padded.
-            user_ids: (N / k,) int64 for k stacked blocks of the same users; None: no soft prompt.
-        Returns: (N, L + T, D), or (N, L, D) without soft prompt.
-        Raises: ValueError: user ids for a policy without users.
-        """
-        token_embeds = input_embedding(self.backbone)(input_ids)
-        if user_ids is None:
-            return token_embeds
-        if self.user_encoder is None:
-            raise ValueError("user_ids were given, but this policy has no user encoder; pass user_ids=None")
-        return self.soft_prompt(token_embeds, self.user_encoder(user_ids))
 
     def sequence_logps(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Summed log-probs of the labelled tokens of each sequence of a batch.
@@ -102,6 +67,10 @@ class PersonalizedPolicy(nn.Module):
         logits = self.backbone(inputs_embeds=embeds, use_cache=False, logits_to_keep=labels.shape[1]).logits
         return response_logps(logits, labels), response_token_counts(labels)
 
+    def sequence_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`sequence_logps`."""
+        return self.sequence_logps(batch, user_ids)
+
     def logps(self, batch: PairBatch, user_ids: Tensor | None) -> ResponseLogps:
         """Summed log-probs of both responses of each row.
 
@@ -113,21 +82,6 @@ class PersonalizedPolicy(nn.Module):
         chosen, rejected = logps.chunk(2)
         chosen_tokens, rejected_tokens = tokens.chunk(2)
         return ResponseLogps(chosen, rejected, chosen_tokens, rejected_tokens)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Parameters that training moves, by name."""
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Inside: no dropout, no gradient, a working KV cache under gradient checkpointing; the mode is put back."""
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.train(was_training)
 
 
 class Reference:

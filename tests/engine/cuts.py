@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prlhf.config import Config
-from prlhf.engine.build import Job
+from prlhf.engine.build import PREFERENCE_METHODS, Job
 from prlhf.engine.optim import all_reduce_gradients_
 from prlhf.engine.reference import LiveReference, no_reference
 from prlhf.engine.step import Batch, StepResult, accumulate_gradients_, train_step_
@@ -25,6 +25,8 @@ _METHODS: dict[str, dict[str, Any]] = {
     "pdpo_cluster": {"method": "pdpo", "user__kind": "cluster"},
     "dpo": {"method": "dpo"},
     "sft": {"method": "sft"},
+    "rm": {"method": "rm"},
+    "prm_individual": {"method": "prm", "user__kind": "individual"},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     f"{name}{suffix}": {**settings, **model}
@@ -38,16 +40,18 @@ def cut_config(tiny: Tiny, variant: str, **settings: Any) -> Config:
 
 
 def reference_of(job: Job) -> Callable[[Batch], Any]:
-    return no_reference if job.config.method == "sft" else LiveReference(job.policy.reference)
+    if job.config.method not in PREFERENCE_METHODS:
+        return no_reference
+    return LiveReference(job.model.reference)
 
 
 def gradients_of(job: Job, batches: Sequence[Batch], num_global_rows: int) -> dict[str, Tensor]:
     """Gradients of the global batch whose micro-batches on this rank are `batches`."""
     accumulate_gradients_(
-        job.policy, job.objective, batches, reference_of=reference_of(job), num_global_rows=num_global_rows,
+        job.model, job.objective, batches, reference_of=reference_of(job), num_global_rows=num_global_rows,
         autocast=job.autocast,
     )
-    parameters = job.policy.trainable()
+    parameters = job.model.trainable()
     all_reduce_gradients_(parameters.values())
     return {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
 
@@ -69,7 +73,7 @@ def gradients_of_users_apart(config: Config, rank: int, world_size: int) -> dict
 def step_of(job: Job, step: int, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> StepResult:
     batches, num_rows = batches_of_step(job, step)
     return train_step_(
-        job.policy, optimizer, job.objective, batches, reference_of=reference_of(job), num_global_rows=num_rows,
+        job.model, optimizer, job.objective, batches, reference_of=reference_of(job), num_global_rows=num_rows,
         max_grad_norm=max_grad_norm, autocast=job.autocast,
     )
 
@@ -77,7 +81,7 @@ def step_of(job: Job, step: int, optimizer: torch.optim.Optimizer, *, max_grad_n
 def parameters_after_sgd(config: Config) -> dict[str, Tensor]:
     """Parameters after one clipped step of plain gradient descent."""
     job = perturbed_job(config)
-    parameters = job.policy.trainable()
+    parameters = job.model.trainable()
     result = step_of(job, FULL_STEP, torch.optim.SGD(parameters.values(), lr=SGD_RATE), max_grad_norm=0.05)
     assert result.grad_norm is not None and result.grad_norm > 0.05, "the clip must have something to do"
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}

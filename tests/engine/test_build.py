@@ -20,9 +20,9 @@ def test_the_configuration_reaches_the_job(tiny: Tiny) -> None:
     assert (job.objective.alpha, job.objective.beta, job.objective.sft_weight) == (0.3, 0.2, 0.7)
     assert job.max_steps == 9
     assert len(job.rows) == NUM_TRAIN_ROWS
-    assert job.policy.users is not None and job.policy.users.user_ids == ("ann", "bob")
-    assert job.policy.soft_prompt.num_user_tokens == 3
-    assert job.policy.training
+    assert job.model.users is not None and job.model.users.user_ids == ("ann", "bob")
+    assert job.model.soft_prompt.num_user_tokens == 3
+    assert job.model.training
 
 
 @pytest.mark.parametrize(("epochs", "batch_rows", "steps"), [(1, 4, 5), (2, 4, 10), (3, 17, 3), (1, 8, 3)])
@@ -34,24 +34,24 @@ def test_steps_are_whole_epochs_ragged_ends_included(tiny: Tiny, epochs: int, ba
 @pytest.mark.parametrize("method", ["dpo", "sft"])
 def test_methods_without_users_have_no_soft_prompt(tiny: Tiny, method: str) -> None:
     job = build_job(tiny.config(method=method))
-    assert job.policy.user_encoder is None
+    assert job.model.user_encoder is None
     assert {row.user_id for row in job.rows} == {0}
 
 
 def test_lora_trains_adapters_and_users_only(tiny: Tiny) -> None:
-    trained = build_job(tiny.config()).policy.trainable()
+    trained = build_job(tiny.config()).model.trainable()
     assert all("lora_" in name or name.startswith("user_encoder.") for name in trained)
     assert {name for name in trained if "lora_" not in name} == {"user_encoder.generic", "user_encoder.offsets"}
 
 
 def test_full_fine_tuning_keeps_a_frozen_reference_only_where_one_is_used(tiny: Tiny) -> None:
-    assert build_job(tiny.config(model__lora=None)).policy.reference.frozen_copy
-    assert not build_job(tiny.config(model__lora=None, method="sft")).policy.reference.frozen_copy
-    assert not build_job(tiny.config()).policy.reference.frozen_copy
+    assert build_job(tiny.config(model__lora=None)).model.reference.frozen_copy
+    assert not build_job(tiny.config(model__lora=None, method="sft")).model.reference.frozen_copy
+    assert not build_job(tiny.config()).model.reference.frozen_copy
 
 
 def test_equal_seeds_give_equal_jobs(tiny: Tiny) -> None:
-    first, second, other = (build_job(tiny.config(seed=seed)).policy.state_dict() for seed in (1, 1, 2))
+    first, second, other = (build_job(tiny.config(seed=seed)).model.state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["user_encoder.generic"], other["user_encoder.generic"])
 

@@ -42,7 +42,7 @@ def saved(job: Job, run_dir: Path, step: int = 1) -> Path:
 
 
 def load_into(job: Job, directory: Path) -> Progress:
-    return load_checkpoint_(directory, job.policy, job.optimizer, spec=job.spec, data_sha256=job.data_sha256)
+    return load_checkpoint_(directory, job.model, job.optimizer, spec=job.spec, data_sha256=job.data_sha256)
 
 
 def damage(path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_loaded_policy_is_the_trained_one(tiny: Tiny, tmp_path: Path) -> None:
     job = trained_job(tiny)
     policy = load_policy(saved(job, tmp_path))
     for name, parameter in policy.named_parameters():
-        assert torch.equal(parameter, job.policy.get_parameter(name)), name
+        assert torch.equal(parameter, job.model.get_parameter(name)), name
 
 
 def test_keep_last_counts_the_newest(tiny: Tiny, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def figures(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
     monkeypatch.setattr(final_module, "score_pairs", lambda policy, rows, *_, **__: margins[len(rows)])
     job = perturbed_job(tiny.config())
-    evaluator = Evaluator(job.config, job.policy, pad_id=0, autocast=job.autocast, on_batch=lambda: None)
+    evaluator = Evaluator(job.config, job.model, pad_id=0, autocast=job.autocast, on_batch=lambda: None)
     # the rows reach the tokenizer all the same, which knows ann and bob
     return evaluator.accuracy(seen, unseen)
 
@@ -138,7 +138,7 @@ def test_a_gap_below_a_fifth_is_left_out(tiny: Tiny, monkeypatch: pytest.MonkeyP
     }
     monkeypatch.setattr(final_module, "score_pairs", lambda policy, rows, *_, **__: margins[len(rows)])
     job = perturbed_job(tiny.config())
-    evaluator = Evaluator(job.config, job.policy, pad_id=0, autocast=job.autocast, on_batch=lambda: None)
+    evaluator = Evaluator(job.config, job.model, pad_id=0, autocast=job.autocast, on_batch=lambda: None)
     part = evaluator.accuracy(rows, [])["slices"]["length_gap_20"]
     assert (part["seen"]["num_rows"], part["seen"]["mean"], part["generic"]["mean"]) == (1, 0.0, 1.0)
     assert set(part["per_user"]) == {"bob"}

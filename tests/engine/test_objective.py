@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prlhf.data.collate import collate_pairs, collate_responses
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
-from prlhf.engine.objective import FIGURES, Objective, ReferenceLogps
+from prlhf.engine.objective import LOGP_FIGURES, REWARD_FIGURES, Objective, ReferenceLogps
 from prlhf.models.policy import ResponseLogps
 
 PAIRS = collate_pairs([TokenizedPair(row, row + 1, (1,), (2, 3), (4,)) for row in range(2)], pad_id=0)
@@ -104,7 +104,7 @@ def test_figures_are_sums_over_rows_with_the_individual_term_under_the_plain_nam
         **{f"generic/{name}": value for name, value in generic.items()},
     }
     assert sums == pytest.approx(expected)
-    assert set(individual) == set(FIGURES)
+    assert set(individual) == {*REWARD_FIGURES, *LOGP_FIGURES}
 
 
 @pytest.mark.parametrize(("method", "batch"), [("sft", RESPONSES), ("dpo", PAIRS), ("pdpo", PAIRS)])

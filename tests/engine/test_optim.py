@@ -37,13 +37,13 @@ def test_each_part_has_its_rate_and_only_the_model_decays(
     job = build_job(config)
     assert groups_of(job.optimizer) == expected
     in_groups = {id(parameter) for group in job.optimizer.param_groups for parameter in group["params"]}
-    assert in_groups == {id(parameter) for parameter in job.policy.parameters() if parameter.requires_grad}
+    assert in_groups == {id(parameter) for parameter in job.model.parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize("method", ["dpo", "sft"])
 def test_full_fine_tuning_without_users_is_one_group_of_the_whole_backbone(tiny: Tiny, method: str) -> None:
     job = build_job(tiny.config(method=method, model__lora=None))
-    assert groups_of(job.optimizer) == {"model": (0.01, 0.0, len(list(job.policy.backbone.parameters())))}
+    assert groups_of(job.optimizer) == {"model": (0.01, 0.0, len(list(job.model.backbone.parameters())))}
 
 
 def test_schedule_moves_every_group_by_the_same_factor() -> None:

@@ -20,7 +20,7 @@ from tests.tiny_run import THINGS, Tiny, perturbed_job, read_metrics
 
 def table_of(job: Job, rows: Any = None, **options: Any) -> ReferenceTable:
     return compute_reference_table(
-        job.policy.reference, job.rows if rows is None else rows, pad_id=job.pad_id, microbatch_tokens=300,
+        job.model.reference, job.rows if rows is None else rows, pad_id=job.pad_id, microbatch_tokens=300,
         autocast=job.autocast, **options,
     )
 
@@ -30,11 +30,11 @@ def test_precomputed_equals_live(tiny: Tiny, settings: dict[str, Any]) -> None:
     """After the policy has moved: neither may see it. 1e-4 nats of about 100: padding changes float32 sums."""
     job = perturbed_job(tiny.config(**settings))
     batch = collate_pairs(job.rows, job.pad_id)
-    precomputed, live = table_of(job)(batch), LiveReference(job.policy.reference)(batch)
+    precomputed, live = table_of(job)(batch), LiveReference(job.model.reference)(batch)
     torch.testing.assert_close(precomputed.chosen, live.chosen, rtol=0, atol=1e-4)
     torch.testing.assert_close(precomputed.rejected, live.rejected, rtol=0, atol=1e-4)
     assert not precomputed.chosen.requires_grad and not live.chosen.requires_grad
-    policy = job.policy.logps(batch, None).chosen
+    policy = job.model.logps(batch, None).chosen
     assert not torch.allclose(policy, live.chosen, atol=1e-2), "the policy was not moved: nothing was tested"
 
 

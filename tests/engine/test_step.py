@@ -76,8 +76,8 @@ def row_by_row_loss(job: Job, rows: list[Any]) -> Tensor:
         def logp(response: tuple[int, ...], user: int | None, prompt: tuple[int, ...] = row.prompt_ids) -> Tensor:
             batch = collate_responses([TokenizedResponse(0, user or 0, prompt, response)], job.pad_id)
             if user is None:
-                return job.policy.reference.sequence_logps(batch)[0]
-            return job.policy.sequence_logps(batch, torch.tensor([user]))[0]
+                return job.model.reference.sequence_logps(batch)[0]
+            return job.model.sequence_logps(batch, torch.tensor([user]))[0]
 
         def margin(user: int | None, row: Any = row) -> Tensor:
             return logp(row.chosen_ids, user) - logp(row.rejected_ids, user)
@@ -92,8 +92,8 @@ def test_gradient_is_that_of_the_mean_row_loss(tiny: Tiny) -> None:
     batches, _ = batches_of_step(job, FULL_STEP)
     rows = [job.rows[i] for batch in batches for i in batch.rows.tolist()]
     row_by_row_loss(job, rows).backward()
-    expected = {name: parameter.grad.clone() for name, parameter in job.policy.trainable().items()}
-    job.policy.zero_grad()
+    expected = {name: parameter.grad.clone() for name, parameter in job.model.trainable().items()}
+    job.model.zero_grad()
     assert_same(gradients_of(job, batches, len(rows)), expected)
 
 
@@ -108,7 +108,7 @@ def test_gradient_checkpointing_does_not_change_gradient(tiny: Tiny, lora: dict[
 def test_gradient_checkpointing_recomputes_the_blocks(tiny: Tiny) -> None:
     calls = []
     job = build_job(tiny.config(model__gradient_checkpointing=True))
-    job.policy.backbone.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(0))
+    job.model.backbone.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(0))
     batches, num_rows = batches_of_step(job, FULL_STEP)
     gradients_of(job, batches, num_rows)
     assert len(calls) == 5, "reference once; individual and generic term once forward and once again in backward"
@@ -128,13 +128,13 @@ def test_steps_leave_the_reference_bitwise_alone(tiny: Tiny, settings: dict[str,
     job = build_job(tiny.config(**settings))
     batch = batches_of_step(job, 0)[0][0]
     before = reference_of(job)(batch)
-    policy_before = job.policy.logps(batch, batch.user_ids).chosen
+    policy_before = job.model.logps(batch, batch.user_ids).chosen
     for step in range(3):
         step_of(job, step, job.optimizer, max_grad_norm=1.0)
     after = reference_of(job)(batch)
     assert torch.equal(before.chosen, after.chosen)
     assert torch.equal(before.rejected, after.rejected)
-    assert not torch.equal(policy_before, job.policy.logps(batch, batch.user_ids).chosen), "the policy has moved"
+    assert not torch.equal(policy_before, job.model.logps(batch, batch.user_ids).chosen), "the policy has moved"
 
 
 @pytest.mark.parametrize("break_", [nan_loss_, inf_gradient_])
@@ -164,12 +164,12 @@ def test_bf16_keeps_weights_and_log_probs_in_float32(tiny: Tiny) -> None:
     job = perturbed_job(tiny.config(train__precision="bf16"))
     batch = batches_of_step(job, 0)[0][0]
     with job.autocast():
-        logps = job.policy.logps(batch, batch.user_ids)
-    exact = job.policy.logps(batch, batch.user_ids)
+        logps = job.model.logps(batch, batch.user_ids)
+    exact = job.model.logps(batch, batch.user_ids)
     assert logps.chosen.dtype == torch.float32
     assert not torch.equal(logps.chosen, exact.chosen), "nothing was computed in bf16"
     torch.testing.assert_close(logps.chosen, exact.chosen, rtol=1e-2, atol=0.0)  # bf16 has 8 bits of mantissa
-    assert {parameter.dtype for parameter in job.policy.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in job.model.parameters()} == {torch.float32}
 
 
 def test_bf16_gradient_is_near_the_float32_one(tiny: Tiny) -> None:

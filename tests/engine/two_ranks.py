@@ -109,7 +109,7 @@ def nan_loss_(job: Job) -> None:
 
 def inf_gradient_(job: Job) -> None:
     """The loss is finite and the gradient is not."""
-    parameter = next(iter(job.policy.trainable().values()))
+    parameter = next(iter(job.model.trainable().values()))
     parameter.register_hook(lambda gradient: gradient + float("inf"))
 
 
@@ -121,13 +121,13 @@ def skipped_step(tiny: Tiny, break_: Callable[[Job], None]) -> dict[str, Any]:
     if rank() == 1:
         break_(job)
     result = step_of(job, 1, job.optimizer, max_grad_norm=1.0)
-    left = [name for name, parameter in job.policy.trainable().items() if parameter.grad is not None]
+    left = [name for name, parameter in job.model.trainable().items() if parameter.grad is not None]
     return {"before": before, "after": state_of(job), "skipped": result.skipped, "gradients_left": left}
 
 
 def state_of(job: Job) -> dict[str, Tensor]:
     state = {}
-    for name, parameter in job.policy.trainable().items():
+    for name, parameter in job.model.trainable().items():
         state[name] = parameter.detach().clone()
         for slot, value in job.optimizer.state[parameter].items():
             state[f"{name}.{slot}"] = value.clone()

@@ -43,9 +43,9 @@ def score(job: Job, answers: Sequence[tuple[str, Prompt, str]]) -> list[Sample]:
     def tokenize(answers: Sequence[tuple[str, Prompt, str]]) -> list[TokenizedResponse]:
         rows = [ResponseRow(prompt, answer) for _, prompt, answer in answers]
         limits = {"max_tokens": 200, "max_prompt_tokens": 64, "num_user_tokens": 3}
-        return tokenize_responses(rows, job.policy.tokenizer, **limits).rows
+        return tokenize_responses(rows, job.model.tokenizer, **limits).rows
 
-    return score_under_reference(job.policy, answers, tokenize, pad_id=job.pad_id, microbatch_tokens=500)
+    return score_under_reference(job.model, answers, tokenize, pad_id=job.pad_id, microbatch_tokens=500)
 
 
 def test_nll_is_the_frozen_models_own_mean_over_answer_and_eos(job: Job) -> None:
@@ -54,12 +54,12 @@ def test_nll_is_the_frozen_models_own_mean_over_answer_and_eos(job: Job) -> None
     samples = score(job, answers)
     assert [(s.user_id, s.prompt, s.response) for s in samples] == answers
     assert math.isnan(samples[1].nll_per_token) and samples[1].num_tokens == 0
-    tokenizer, backbone = job.policy.tokenizer, job.policy.backbone
+    tokenizer, backbone = job.model.tokenizer, job.model.backbone
     for i in (0, 2):
         _, prompt, answer = answers[i]
         head = [tokenizer.bos_token_id, *tokenizer(f"{prompt}\n", add_special_tokens=False).input_ids]
         tail = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        with job.policy.reference.active(), torch.no_grad():
+        with job.model.reference.active(), torch.no_grad():
             logits = backbone(input_ids=torch.tensor([head + tail])).logits[0, len(head) - 1 : -1]
         expected = F.cross_entropy(logits, torch.tensor(tail)).item()
         assert samples[i].nll_per_token == pytest.approx(expected, abs=1e-5)
@@ -77,7 +77,7 @@ def test_every_user_answers_every_prompt_in_order(job: Job) -> None:
     by_reference = {}
     for as_reference in (False, True):
         sample_answers(
-            job.policy, ["One?", "Two, and longer?"], ["ann", "generic", "bob"], options=options,
+            job.model, ["One?", "Two, and longer?"], ["ann", "generic", "bob"], options=options,
             as_reference=as_reference, max_prompt_tokens=64, batch_rows=4, score=keep,
         )
         by_reference[as_reference] = seen["answers"]
@@ -91,13 +91,13 @@ def test_every_user_answers_every_prompt_in_order(job: Job) -> None:
 
 
 def test_generic_is_0_and_known_users_count_from_1(job: Job, tiny: Tiny) -> None:
-    assert user_indices(job.policy, ["bob", "generic", "ann"]) == [2, 0, 1]
+    assert user_indices(job.model, ["bob", "generic", "ann"]) == [2, 0, 1]
     with pytest.raises(DataError, match="anne"):
-        user_indices(job.policy, ["anne"])
+        user_indices(job.model, ["anne"])
 
 
 def test_a_policy_without_users_has_no_indices(tiny: Tiny) -> None:
-    assert user_indices(perturbed_job(tiny.config(method="dpo")).policy, ["ann"]) is None
+    assert user_indices(perturbed_job(tiny.config(method="dpo")).model, ["ann"]) is None
 
 
 def test_the_judge_is_asked_about_each_users_own_taste() -> None:

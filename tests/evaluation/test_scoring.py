@@ -27,7 +27,7 @@ def test_scores_come_in_the_order_given_however_they_are_batched(microbatch_toke
     lengths = torch.tensor([len(sequence.response_ids) for sequence in sequences])
     assert torch.equal(scores.tokens, lengths)
     # 1e-5 nats a token: float32 sums in another order.
-    assert ((scores.logps - expected).abs() / lengths).max() < 1e-5
+    assert ((scores.values - expected).abs() / lengths).max() < 1e-5
     # The sequences have 52, 43, 33, 20, 17, 14, 13 and 8 tokens: within 100 go one, then two, then five.
     assert len(calls) == {1: 8, 100: 3, 10_000: 1}[microbatch_tokens]
 
@@ -39,21 +39,21 @@ def test_each_sequence_is_scored_for_its_own_user(family):
     users = [0, 1, 2, 1, 0, 2, 1, 0]
     options = {"pad_id": 2, "microbatch_tokens": 10_000}
     together = score_sequences(policy, sequences, users, **options)
-    alone = [score_sequences(policy, [s], [u], **options).logps for s, u in zip(sequences, users, strict=True)]
-    assert ((together.logps - torch.cat(alone)).abs() / together.tokens).max() < 1e-5
+    alone = [score_sequences(policy, [s], [u], **options).values for s, u in zip(sequences, users, strict=True)]
+    assert ((together.values - torch.cat(alone)).abs() / together.tokens).max() < 1e-5
     others = score_sequences(policy, sequences, [(user + 1) % 3 for user in users], **options)
-    assert ((together.logps - others.logps).abs() > 1e-3).all()
+    assert ((together.values - others.values).abs() > 1e-3).all()
 
 
 def test_scoring_keeps_no_graph_and_puts_the_mode_back():
     policy = tiny_policy().train()
     scores = score_sequences(policy, _sequences(policy), [1] * 8, pad_id=2, microbatch_tokens=100)
-    assert not scores.logps.requires_grad and policy.training and policy.backbone.training
+    assert not scores.values.requires_grad and policy.training and policy.backbone.training
 
 
 def test_nothing_to_score_gives_no_scores():
     scores = score_sequences(tiny_policy(), [], [], pad_id=2, microbatch_tokens=100)
-    assert scores.logps.shape == scores.tokens.shape == (0,)
+    assert scores.values.shape == scores.tokens.shape == (0,)
 
 
 def test_a_stop_between_batches_leaves_the_policy_in_its_mode():

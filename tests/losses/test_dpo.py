@@ -64,10 +64,10 @@ def test_dpo_gradient_is_right(kind, label_smoothing):
 def test_shapes_that_would_broadcast_are_refused(position, shape):
     inputs = [CHOSEN, REJECTED, REFERENCE_CHOSEN, REFERENCE_REJECTED]
     inputs[position] = torch.zeros(shape)
-    with pytest.raises(ValueError, match="log-probabilities must all be \\(B,\\)"):
+    with pytest.raises(ValueError, match="rows must all be \\(B,\\)"):
         dpo_loss(*inputs, beta=0.1)
 
 
 def test_matrices_of_one_shape_are_refused():
-    with pytest.raises(ValueError, match="log-probabilities must all be \\(B,\\)"):
+    with pytest.raises(ValueError, match="rows must all be \\(B,\\)"):
         dpo_loss(*[torch.zeros(3, 2)] * 4, beta=0.1)

@@ -60,7 +60,7 @@ def test_alpha_out_of_range_is_refused(alpha):
 def test_shapes_that_would_broadcast_are_refused(position):
     rows = _logps(6)
     rows[position] = rows[position][:, None]
-    with pytest.raises(ValueError, match="log-probabilities must all be \\(B,\\)"):
+    with pytest.raises(ValueError, match="rows must all be \\(B,\\)"):
         pdpo_loss(*rows, alpha=0.5, beta=0.1)
 
 

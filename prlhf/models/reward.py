@@ -1,0 +1,97 @@
+"""PersonalizedRewardModel: a score for each response, as each user would give it (P-RM)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
+from prlhf.data.records import UserIndex
+from prlhf.losses import response_token_counts
+from prlhf.models.backbone import input_embedding
+from prlhf.models.personalized import PersonalizedModel
+from prlhf.usermodel import UserModel
+
+
+class ResponseScores(NamedTuple):
+    """Scores of both responses of each row; both (B,) float32, a reward up to a constant of each prompt and user."""
+
+    chosen: Tensor
+    rejected: Tensor
+
+
+class PersonalizedRewardModel(PersonalizedModel):
+    """A causal LM with a linear head on the hidden state of a response's last token (EOS, unless it was cut).
+
+    The head starts at zero, so every score is 0 and the first loss ln 2. It has no bias: a constant cancels in every
+    pair, and nothing would train it.
+
+    Args: those of `PersonalizedModel`.
+    Source: Li et al. 2024, arXiv:2402.05133, the P-RM objective; the head as in Ouyang et al. 2022, arXiv:2203.02155.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        tokenizer: Any,
+        *,
+        user_encoder: UserModel | None = None,
+        users: UserIndex | None = None,
+    ) -> None:
+        super().__init__(backbone, tokenizer, user_encoder=user_encoder, users=users)
+        self.score = nn.Linear(_hidden_dim(backbone), 1, bias=False, device=self.device)
+        nn.init.zeros_(self.score.weight)
+        _freeze_output_layer_(backbone)
+
+    def sequence_scores(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> Tensor:
+        """Score of each sequence of a batch: (N,) float32.
+
+        Args:
+            batch: N sequences (2B of a pair batch), each with a labelled token.
+            user_ids: (N / k,) int64 for k stacked blocks of the same users; None: no soft prompt.
+        """
+        embeds = self.input_embeds(batch.input_ids, user_ids)
+        num_soft = embeds.shape[1] - batch.input_ids.shape[1]
+        hidden = _decoder(self.backbone)(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        labelled = (batch.labels != IGNORE_INDEX).long()
+        positions = torch.arange(labelled.shape[1], device=labelled.device)
+        last = (labelled * positions).argmax(dim=1) + num_soft
+        last_hidden = hidden[torch.arange(len(last), device=last.device), last]
+        # Differences between two responses are small beside the scores: no bfloat16 here.
+        with torch.autocast(last_hidden.device.type, enabled=False):
+            return self.score(last_hidden.float()).squeeze(1)
+
+    def sequence_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`sequence_scores`, and response tokens."""
+        return self.sequence_scores(batch, user_ids), response_token_counts(batch.labels)
+
+    def scores(self, batch: PairBatch, user_ids: Tensor | None) -> ResponseScores:
+        """Scores of both responses of each row.
+
+        Args:
+            batch: B rows.
+            user_ids: (B,) int64, 0 is the generic user; None: no soft prompt at all (the vanilla reward model).
+        """
+        return ResponseScores(*self.sequence_scores(batch, user_ids).chunk(2))
+
+
+def _decoder(backbone: nn.Module) -> nn.Module:
+    """The backbone without its output layer: `base_model` of transformers' PreTrainedModel."""
+    return cast(Any, backbone).base_model
+
+
+def _freeze_output_layer_(backbone: nn.Module) -> None:
+    """No score depends on the output layer, unless its weight is the input embedding's too."""
+    layer = cast(Any, backbone).get_output_embeddings()
+    if layer is not None and layer.weight is not next(input_embedding(backbone).parameters()):
+        layer.requires_grad_(False)
+
+
+@torch.no_grad()
+def _hidden_dim(backbone: nn.Module) -> int:
+    """Width of the decoder's output (OPT may project it)."""
+    device = next(backbone.parameters()).device
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    return _decoder(backbone)(input_ids=token, use_cache=False).last_hidden_state.shape[-1]
