@@ -9,10 +9,21 @@ from statistics import mean
 
 from prlhf.data.records import PreferenceData, PreferenceRow
 from prlhf.data.world.authored import Tone, load_heldout_topics, load_tone, load_training_topics
-from prlhf.data.world.render import AXES, STYLES, Request, Tones, make_requests, render
+from prlhf.data.world.render import (
+    AXES,
+    STYLES,
+    Request,
+    Style,
+    Tones,
+    draw_general_prompt,
+    make_requests,
+    render,
+    render_general,
+)
 
 TRAIN_PAIRS = 600  # an axis; each pair is judged by the two users of its axis
-DEV_PAIRS = 32
+GENERAL_PAIRS = 300  # an axis, in training, about topics without known facts
+DEV_PAIRS = 48
 EVAL_PAIRS = 200
 MAX_LENGTH_GAP = 0.5  # characters between the mean lengths of the two tones' phrases
 OPENERS, CLOSERS = 12, 8  # of each tone in one world; the other phrases are in the pretraining text alone
@@ -39,8 +50,10 @@ TASTES = {
 def build_psoups(seed: int) -> PreferenceData:
     """The preference data of the six users; every prompt belongs to one pair, every pair to two opposed users.
 
-    train and dev: prompts about the training topics, none in both. eval_seen: prompts about the held-out topics, which
-    neither the training pairs nor the pretraining text mention. eval_unseen is empty: there are no further users.
+    train and dev: prompts about the training topics, none in both. A third of train is about topics without known
+    facts, answered in general: a model that is trained on facts alone invents some for every topic that it does not
+    know. eval_seen: prompts about the held-out topics, which neither the training pairs nor the pretraining text
+    mention. eval_unseen is empty: there are no further users.
 
     Args:
         seed: draws prompts, styles, phrases and facts; the held-out topics are the same for every seed.
@@ -53,7 +66,10 @@ def build_psoups(seed: int) -> PreferenceData:
     rng.shuffle(heldout)
     num_train, num_dev, num_eval = (len(AXES) * pairs for pairs in (TRAIN_PAIRS, DEV_PAIRS, EVAL_PAIRS))
     return PreferenceData(
-        train=_make_rows("train", training[:num_train], tones, rng),
+        train=[
+            *_make_rows("train", training[:num_train], tones, rng),
+            *_make_general_rows("general", len(AXES) * GENERAL_PAIRS, tones, rng),
+        ],
         dev=_make_rows("dev", training[num_train : num_train + num_dev], tones, rng),
         eval_seen=_make_rows("eval", heldout[:num_eval], tones, rng),
         eval_unseen=[],
@@ -80,20 +96,38 @@ def _draw_phrases(rng: random.Random) -> Tones:
 def _make_rows(split: str, requests: Sequence[Request], tones: Tones, rng: random.Random) -> list[PreferenceRow]:
     """A pair for each request, the axes in turn, and the judgements of its two users."""
     rows = []
-    axes = list(AXES)
     for number, request in enumerate(requests):
-        axis = axes[number % len(axes)]
-        style = rng.choice(STYLES)
-        responses = {side: render(request, replace(style, **{AXES[axis]: side}), rng, tones) for side in (False, True)}
-        for user_id, taste in TASTES.items():
-            if taste.axis == axis:
-                rows.append(
-                    PreferenceRow(
-                        pair_id=f"{split}-{number:04d}",
-                        user_id=user_id,
-                        prompt=request.prompt,
-                        chosen=responses[taste.side],
-                        rejected=responses[not taste.side],
-                    )
-                )
+        axis, styles = _draw_styles(number, rng)
+        responses = {side: render(request, style, rng, tones) for side, style in styles.items()}
+        rows += _judge(f"{split}-{number:04d}", axis, request.prompt, responses)
     return rows
+
+
+def _make_general_rows(split: str, num_pairs: int, tones: Tones, rng: random.Random) -> list[PreferenceRow]:
+    """The same about topics without known facts, no prompt twice; both responses of a pair have the same content."""
+    prompts: dict[str, None] = {}
+    while len(prompts) < num_pairs:
+        prompts[draw_general_prompt(rng)] = None
+    rows = []
+    for number, prompt in enumerate(prompts):
+        axis, styles = _draw_styles(number, rng)
+        content = rng.random()
+        responses = {side: render_general(style, random.Random(content), tones) for side, style in styles.items()}
+        rows += _judge(f"{split}-{number:04d}", axis, prompt, responses)
+    return rows
+
+
+def _draw_styles(number: int, rng: random.Random) -> tuple[str, dict[bool, Style]]:
+    """The axis of a pair, the axes taking turns, and the styles of its two sides, alike on the other axes."""
+    axis = list(AXES)[number % len(AXES)]
+    style = rng.choice(STYLES)
+    return axis, {side: replace(style, **{AXES[axis]: side}) for side in (False, True)}
+
+
+def _judge(pair_id: str, axis: str, prompt: str, responses: dict[bool, str]) -> list[PreferenceRow]:
+    """The judgements of the two users of an axis."""
+    return [
+        PreferenceRow(pair_id, user_id, prompt, responses[taste.side], responses[not taste.side])
+        for user_id, taste in TASTES.items()
+        if taste.axis == axis
+    ]

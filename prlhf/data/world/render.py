@@ -71,11 +71,16 @@ def render(request: Request, style: Style, rng: random.Random, tones: Tones | No
     return _join(topic.facts[asked].wording, topic.background, topic.facts[other].wording, style, rng, tones)
 
 
-def render_general(style: Style, rng: random.Random) -> str:
-    """A response about a topic without known facts: the same shape, of sentences that hold of nearly any topic."""
+def render_general(style: Style, rng: random.Random, tones: Tones | None = None) -> str:
+    """A response about a topic without known facts: the same shape, of sentences that hold of nearly any topic.
+
+    Equal random states give the same content in every style.
+
+    Args: as for `render`.
+    """
     general = load_general_text()
     first, other = rng.sample(general.answers, 2)
-    return _join(first, rng.choice(general.backgrounds), other, style, rng)
+    return _join(first, rng.choice(general.backgrounds), other, style, rng, tones)
 
 
 def draw_general_prompt(rng: random.Random) -> str:
