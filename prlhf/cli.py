@@ -43,6 +43,17 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--runs", default="runs", metavar="DIR", help="folder of run directories (default: runs)")
     compare.set_defaults(run=_compare, overrides=[])
 
+    score = commands.add_parser("score", help="scores of a reward model for every response of a file")
+    score.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run or checkpoint of method rm or prm")
+    score.add_argument(
+        "--data", required=True, type=Path, metavar="F", help='.jsonl: "prompt", "response" or "chosen"...'
+    )
+    score.add_argument(
+        "--users", default="all", metavar="a,b|all|generic", help="as whom to score (default: all known users)"
+    )
+    score.add_argument("--out", type=Path, metavar="F", help="JSONL of the scores (default: the terminal)")
+    score.set_defaults(run=_score)
+
     _add_generation_commands(commands)
     _add_data_commands(commands)
     commands.add_parser("env", help="print versions and hardware").set_defaults(run=_env)
@@ -121,6 +132,19 @@ def _compare(args: argparse.Namespace) -> int:
     overrides = [*(item for item in args.runs_or_configs if "=" in item), *args.overrides]
     targets = [item for item in args.runs_or_configs if "=" not in item]
     sys.stdout.write(compare_runs(targets, overrides, runs=Path(args.runs)))
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from prlhf.data.jsonl import write_jsonl
+    from prlhf.engine.score import score_file
+
+    users = None if args.users == "all" else args.users.split(",")
+    records = score_file(args.checkpoint, args.data, users)
+    if args.out is None:
+        sys.stdout.writelines(json.dumps(record) + "\n" for record in records)
+    else:
+        write_jsonl(args.out, records)
     return 0
 
 

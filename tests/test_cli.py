@@ -31,9 +31,9 @@ def run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture(scope="module")
 def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with finished runs `tiny` (pdpo) and `vanilla` (dpo)."""
+    """A folder with finished runs `tiny` (pdpo), `vanilla` (dpo) and `reward` (prm)."""
     folder = tmp_path_factory.mktemp("trained")
-    for name, settings in {"tiny": {}, "vanilla": {"method": "dpo"}}.items():
+    for name, settings in {"tiny": {}, "vanilla": {"method": "dpo"}, "reward": {"method": "prm"}}.items():
         config = tiny.write_config(folder / f"{name}.yaml", name=name, train__max_steps=2, **settings)
         assert main(["train", config, "--runs", str(folder)]) == 0
     return folder
@@ -132,6 +132,51 @@ def test_generate_reads_jsonl_and_a_policy_without_users_answers_generically(
     out = tmp_path / "answers.jsonl"
     assert run("generate", trained / "vanilla", "--prompts", prompts, "--out", out, "--max-new-tokens", "2")[0] == 0
     assert [json.loads(line)["user_id"] for line in out.read_text().splitlines()] == ["generic"]
+
+
+def test_score_writes_a_score_for_every_response_and_user(run: Run, trained: Path, tmp_path: Path) -> None:
+    rows = [
+        {"pair_id": "p", "prompt": "Why?", "chosen": "It is tea.", "rejected": "Rain."},
+        {"prompt": "How, then?", "response": "Chess."},
+    ]
+    data, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "scores.jsonl"
+    assert run("score", trained / "reward", "--data", data, "--users", "bob,generic", "--out", out)[0] == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    keys = [(record["line"], record.get("pair_id"), record["user_id"], sorted(record)[0]) for record in records]
+    assert keys == [(1, "p", "bob", "chosen"), (1, "p", "generic", "chosen"),
+                    (2, None, "bob", "line"), (2, None, "generic", "line")]
+    assert records[0]["chosen"] != records[1]["chosen"], "each user has a score of its own"
+    code, printed, _ = run("score", trained / "reward", "--data", data)
+    assert code == 0
+    assert [json.loads(line)["user_id"] for line in printed.splitlines()] == ["ann", "bob"] * 2
+    assert json.loads(printed.splitlines()[1]) == records[0], "the same score, whoever else is scored"
+
+
+@pytest.mark.parametrize(
+    ("name", "users", "row", "part"),
+    [
+        ("tiny", "all", {"prompt": "Why?", "response": "Tea."}, "holds a policy"),
+        ("reward", "dan", {"prompt": "Why?", "response": "Tea."}, "'dan' is not one of the 2 known users"),
+        ("reward", "all", {"prompt": "Why?"}, "rows.jsonl:1: expected"),
+        ("reward", "all", {"prompt": "Why?", "response": " "}, "1 responses cannot be scored"),
+    ],
+)
+def test_score_refuses_in_one_line(
+    run: Run, trained: Path, tmp_path: Path, name: str, users: str, row: dict[str, str], part: str
+) -> None:
+    data, out = write_jsonl(tmp_path / "rows.jsonl", [row]), tmp_path / "scores.jsonl"
+    (line,) = run.refused("score", trained / name, "--data", data, "--users", users, "--out", out)
+    assert part in line
+    assert not out.exists()
+
+
+def test_a_reward_model_is_evaluated_and_cannot_answer(run: Run, trained: Path, tmp_path: Path) -> None:
+    code, out, _ = run("eval", trained / "reward")
+    assert code == 0 and "seen users, own embedding" in out
+    (tmp_path / "prompts.txt").write_text("Why?\n")
+    arguments = ("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out.jsonl")
+    (line,) = run.refused("generate", trained / "reward", *arguments)
+    assert "holds a reward model" in line
 
 
 def test_chat_answers_until_the_input_ends(run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

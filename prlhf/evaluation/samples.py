@@ -14,6 +14,7 @@ from prlhf.data.tokenize import TokenizedResponse
 from prlhf.evaluation.judges import RuleJudge, repeated_4gram_share
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.generation import SamplingOptions, generate
+from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
 
 GENERIC = "generic"
@@ -63,11 +64,11 @@ def sample_answers(
     return score([(user, prompt, answer) for (user, prompt), answer in zip(pairs, answers, strict=True)])
 
 
-def user_indices(policy: PersonalizedPolicy, users: Sequence[str]) -> list[int] | None:
-    """Row indices of user ids; "generic" is 0; None for a policy without users."""
-    if policy.user_encoder is None or policy.users is None:
+def user_indices(model: PersonalizedModel, users: Sequence[str]) -> list[int] | None:
+    """Row indices of user ids; "generic" is 0; None for a model without users."""
+    if model.user_encoder is None or model.users is None:
         return None
-    return [GENERIC_USER_ID if user == GENERIC else policy.users.index(user) for user in users]
+    return [GENERIC_USER_ID if user == GENERIC else model.users.index(user) for user in users]
 
 
 def score_under_reference(

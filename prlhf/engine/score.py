@@ -1,0 +1,85 @@
+"""`prlhf score`: what a reward model says of each response of a file, as each of several users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prlhf.config import load_config
+from prlhf.data.jsonl import read_jsonl
+from prlhf.data.records import ResponseRow, response_row
+from prlhf.data.tokenize import tokenize_responses
+from prlhf.engine.build import make_autocast, pick_device, tokenize_limits
+from prlhf.engine.checkpoint import CONFIG
+from prlhf.errors import DataError
+from prlhf.evaluation.samples import GENERIC, user_indices
+from prlhf.evaluation.scoring import TokenSequence, score_sequences
+from prlhf.models.assemble import load_reward_model, resolve_checkpoint
+from prlhf.models.backbone import pad_token_id
+from prlhf.models.reward import PersonalizedRewardModel
+
+RESPONSE_KEYS = ("response", "chosen", "rejected")
+
+
+def score_file(checkpoint: Path, path: Path, users: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Scores of every response of a file for every user.
+
+    Args:
+        path: JSON lines with "prompt" and "response", or "chosen" and "rejected", or all of them.
+        users: known users or "generic"; None: all that the model knows, or the generic one if it knows none.
+    Returns: for each line and user {"line", "pair_id" if there is one, "user_id", and a score for each response under
+        its own key}. Scores of one user and prompt compare; their level means nothing.
+    Raises: CheckpointError: not a reward model. DataError: an unknown user, or a line without a response or too long.
+    """
+    directory = resolve_checkpoint(checkpoint)
+    config = load_config(directory / CONFIG)
+    device = pick_device(config.train.device)
+    model = load_reward_model(directory, device=str(device))
+    users = _known(model) if users is None else users
+    indices = user_indices(model, users)
+    lines = _read_lines(path)
+    responses = [row for _, _, rows in lines for row in rows.values()]
+    tokenized = tokenize_responses(responses, model.tokenizer, **tokenize_limits(config, model))
+    if tokenized.dropped:
+        count = sum(tokenized.dropped.values())
+        raise DataError(f"{path}: {count} responses cannot be scored ({tokenized.dropped}); mend or remove their lines")
+    sequences = [TokenSequence(row.prompt_ids, row.response_ids) for row in tokenized.rows]
+    with make_autocast(config.train.precision, device)():
+        values = score_sequences(
+            model,
+            sequences * len(users),
+            None if indices is None else [index for index in indices for _ in sequences],
+            pad_id=pad_token_id(model.tokenizer),
+            microbatch_tokens=config.train.microbatch_tokens,
+        ).values
+    scores = dict(zip(users, values.view(len(users), -1).tolist(), strict=True))
+    records = []
+    first = 0
+    for number, given, rows in lines:
+        for user in users:
+            own = dict(zip(rows, scores[user][first : first + len(rows)], strict=True))
+            records.append({"line": number, **given, "user_id": user, **own})
+        first += len(rows)
+    return records
+
+
+def _known(model: PersonalizedRewardModel) -> list[str]:
+    return list(model.users.user_ids) if model.users is not None and len(model.users) else [GENERIC]
+
+
+def _read_lines(path: Path) -> list[tuple[int, dict[str, str], dict[str, ResponseRow]]]:
+    """Of each line its number, its pair_id, and its responses by key."""
+    lines = []
+    for number, record in read_jsonl(path):
+        where = f"{path}:{number}"
+        keys = [key for key in RESPONSE_KEYS if key in record]
+        if "prompt" not in record or not keys:
+            raise DataError(f'{where}: expected "prompt" and "response", or "chosen" and "rejected"')
+        shared: dict[str, Any] = {key: record[key] for key in ("prompt", "user_text") if key in record}
+        rows = {key: response_row({**shared, "response": record[key]}, where) for key in keys}
+        given = {"pair_id": record["pair_id"]} if "pair_id" in record else {}
+        lines.append((number, given, rows))
+    if not lines:
+        raise DataError(f"{path}: holds no line to score")
+    return lines
