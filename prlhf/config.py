@@ -71,7 +71,7 @@ class UserConfig:
 class LossConfig:
     """The preference loss; `alpha` weighs the individual term, `sft_weight` the chosen response's NLL per token."""
 
-    kind: Literal["sigmoid", "ipo"] = "sigmoid"
+    kind: Literal["sigmoid", "robust", "ipo", "hinge"] = "sigmoid"
     beta: float = 0.1
     alpha: float = 0.5
     label_smoothing: float = 0.0
@@ -332,8 +332,8 @@ def _contradictions(config: Config) -> Iterator[Problem]:
         ):
             if value != expected:
                 yield Problem((key, "method"), f"got {value} with method {config.method}, expected {expected}")
-    if loss.kind != "sigmoid" and loss.label_smoothing != 0:
-        text = f"got {loss.label_smoothing} with loss.kind {loss.kind}, expected 0: only sigmoid is smoothed"
+    if loss.kind in ("ipo", "hinge") and loss.label_smoothing != 0:
+        text = f"got {loss.label_smoothing} with loss.kind {loss.kind}, expected 0: smooth sigmoid or robust"
         yield Problem(("loss.label_smoothing", "loss.kind"), text)
     user_tokens = 0 if user.kind == "none" else user.num_user_tokens
     if data.max_prompt_tokens + user_tokens >= data.max_tokens:

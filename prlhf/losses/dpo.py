@@ -26,7 +26,7 @@ def dpo_loss(
         policy_chosen_logps: (B,) float32, nats, summed over response tokens; so are the other three.
         beta: inverse temperature, > 0; 0.1 to 0.5 is usual.
         kind: the function of the margin, see `pairwise.PAIRWISE_LOSSES`.
-        label_smoothing: eps, assumed share of wrong labels, in [0, 0.5); `sigmoid` only.
+        label_smoothing: eps, assumed share of wrong labels, in [0, 0.5); `sigmoid` and `robust` only.
     Returns: PreferenceLoss of (B,) tensors; rewards are beta log(policy / reference), detached.
     Raises: ValueError: shapes differ or are not (B,), an unknown kind, beta or label_smoothing out of range.
     Source: Rafailov et al. 2023, arXiv:2305.18290, eq. 7; Azar et al. 2023, arXiv:2310.12036, eq. 17.

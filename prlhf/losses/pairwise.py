@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PairwiseKind = Literal["sigmoid", "ipo"]
+PairwiseKind = Literal["sigmoid", "robust", "ipo", "hinge"]
+SMOOTHED_KINDS = ("sigmoid", "robust")
 
 
 class PreferenceLoss(NamedTuple):
@@ -25,14 +27,31 @@ def _sigmoid(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * agree - label_smoothing * disagree
 
 
+def _robust(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """(-(1 - eps) log sigmoid(beta h) + eps log sigmoid(-beta h)) / (1 - 2 eps): rDPO, arXiv:2403.00409.
+
+    Its mean over labels flipped with chance eps is the DPO loss of the true labels.
+    """
+    agree, disagree = F.logsigmoid(beta * margins), F.logsigmoid(-beta * margins)
+    return (-(1 - label_smoothing) * agree + label_smoothing * disagree) / (1 - 2 * label_smoothing)
+
+
 def _ipo(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """(h - 1 / (2 beta))^2: arXiv:2310.12036 eq. 17, whose tau is beta here."""
-    if label_smoothing != 0:
-        raise ValueError(f"label_smoothing: got {label_smoothing} with kind 'ipo', expected 0; smooth kind 'sigmoid'")
     return (margins - 1 / (2 * beta)) ** 2
 
 
-PAIRWISE_LOSSES: dict[str, Callable[[Tensor, float, float], Tensor]] = {"sigmoid": _sigmoid, "ipo": _ipo}
+def _hinge(margins: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """max(0, 1 - beta h): SLiC's calibration loss, arXiv:2305.10425, on log-ratios as in arXiv:2309.06657."""
+    return torch.relu(1 - beta * margins)
+
+
+PAIRWISE_LOSSES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
+    "sigmoid": _sigmoid,
+    "robust": _robust,
+    "ipo": _ipo,
+    "hinge": _hinge,
+}
 
 
 def compute_pairwise_losses(
@@ -44,7 +63,7 @@ def compute_pairwise_losses(
         margins: (B,) policy margin minus reference margin, nats.
         beta: inverse temperature, > 0.
         kind: a key of `PAIRWISE_LOSSES`.
-        label_smoothing: assumed share of wrong labels, in [0, 0.5); `sigmoid` only.
+        label_smoothing: assumed share of wrong labels, in [0, 0.5); above 0 for SMOOTHED_KINDS only.
     Returns: (B,), the type of the margins.
     Raises: ValueError: an unknown kind, or beta or label_smoothing out of range.
     """
@@ -54,6 +73,9 @@ def compute_pairwise_losses(
         raise ValueError(f"beta: got {beta}, expected > 0")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: got {label_smoothing}, expected at least 0 and below 0.5")
+    if label_smoothing and kind not in SMOOTHED_KINDS:
+        smoothed = " or ".join(repr(name) for name in SMOOTHED_KINDS)
+        raise ValueError(f"label_smoothing: got {label_smoothing} with kind {kind!r}, expected 0; smooth {smoothed}")
     return PAIRWISE_LOSSES[kind](margins, beta, label_smoothing)
 
 

@@ -42,7 +42,7 @@ def pdpo_loss(
         alpha: weight of the individual term, in [0, 1]; at 0 the user's own offset gets exactly no gradient.
         beta: inverse temperature, > 0; 0.1 to 0.5 is usual.
         kind: the function of the margin in both terms, see `pairwise.PAIRWISE_LOSSES`.
-        label_smoothing: assumed share of wrong labels, in [0, 0.5); `sigmoid` only.
+        label_smoothing: assumed share of wrong labels, in [0, 0.5); `sigmoid` and `robust` only.
     Returns: PersonalizedLoss; `losses` is what is trained, the terms are for metrics.
     Raises: ValueError: shapes differ or are not (B,), an unknown kind, alpha, beta or label_smoothing out of range.
     Source: Li et al. 2024, arXiv:2402.05133, the P-DPO objective.
