@@ -58,11 +58,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class UserConfig:
-    """The user model; `num_clusters` is read for `cluster`, `init_range` for `init: uniform`."""
+    """The user model; `num_clusters` is read for `cluster`, `rank` for `low_rank`, `init_range` for `init: uniform`."""
 
-    kind: Literal["none", "uniform", "individual", "cluster"] = "individual"
+    kind: Literal["none", "uniform", "individual", "cluster", "low_rank"] = "individual"
     num_user_tokens: int = 10
     num_clusters: int = 6
+    rank: int = 4
     init: Literal["vocabulary", "uniform"] = "vocabulary"
     init_range: float = 0.5
 
@@ -82,8 +83,9 @@ class LossConfig:
 class TrainConfig:
     """The optimisation; `batch_rows` is global, `microbatch_tokens` bounds the padded size of one rank's forward pass.
 
-    `user_lr` is the rate of the user embeddings, `cluster_lr` that of the cluster weights. `max_steps: null` trains
-    `epochs` epochs; the run stops after `max_skipped_steps` non-finite steps in a row.
+    `user_lr` is the rate of the user embeddings, `cluster_lr` that of the users' weights of shared soft prompts
+    (cluster, low_rank). `max_steps: null` trains `epochs` epochs; the run stops after `max_skipped_steps` non-finite
+    steps in a row.
     """
 
     epochs: int = 1
@@ -169,6 +171,7 @@ _LIMITS: dict[str, _Limit] = {
     "model.lora.targets": (lambda value: len(value) > 0 and all(value), "auto or a list of layer names"),
     "user.num_user_tokens": _AT_LEAST_ONE,
     "user.num_clusters": (lambda value: value >= 2, "2 or more"),
+    "user.rank": _AT_LEAST_ONE,
     "user.init_range": _ABOVE_ZERO,
     "loss.beta": _ABOVE_ZERO,
     "loss.alpha": _SHARE,
@@ -320,7 +323,7 @@ def _contradictions(config: Config) -> Iterator[Problem]:
     """Settings that are fine alone and not together; the first key is the one to change."""
     data, user, loss = config.data, config.user, config.loss
     if config.method in PERSONAL_METHODS and user.kind == "none":
-        text = f"got none with method {config.method}, expected uniform, individual or cluster"
+        text = f"got none with method {config.method}, expected uniform, individual, cluster or low_rank"
         yield Problem(("user.kind", "method"), text)
     if config.method not in PERSONAL_METHODS and user.kind != "none":
         yield Problem(("user.kind", "method"), f"got {user.kind} with method {config.method}, expected none")

@@ -73,6 +73,7 @@ def make_spec(config: Config) -> PolicySpec:
         user_kind=user.kind,
         num_user_tokens=user.num_user_tokens,
         num_clusters=user.num_clusters,
+        user_rank=user.rank,
         user_init=user.init,
         user_init_range=user.init_range,
     )

@@ -17,7 +17,7 @@ BUCKET_ELEMENTS = 16 * 2**20
 def make_optimizer(
     parameters: dict[str, nn.Parameter], *, lr: float, user_lr: float, cluster_lr: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """Fused AdamW with three groups: the model, the users' soft prompts, the cluster weights.
+    """Fused AdamW with three groups: the model, the users' soft prompts, their weights of shared ones.
 
     Weight decay applies to the model alone: it would pull users towards a zero prompt, which is not the generic user.
     """

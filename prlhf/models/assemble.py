@@ -22,7 +22,7 @@ from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
 from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts
-from prlhf.usermodel import ClusterUserModel, IndividualUserModel, UniformUserModel, UserModel
+from prlhf.usermodel import ClusterUserModel, IndividualUserModel, LowRankUserModel, UniformUserModel, UserModel
 
 TRAINABLE = "trainable.safetensors"
 USERS = "users.safetensors"
@@ -32,7 +32,7 @@ STATE = "state.json"
 REWARD_METHODS = ("rm", "prm")
 HEAD_KEY = "score.weight"  # as in transformers' sequence classifiers
 Model = TypeVar("Model", bound=PersonalizedModel)
-UserKind: TypeAlias = Literal["none", "uniform", "individual", "cluster"]
+UserKind: TypeAlias = Literal["none", "uniform", "individual", "cluster", "low_rank"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class PolicySpec:
     user_kind: UserKind = "none"
     num_user_tokens: int = 10
     num_clusters: int = 6
+    user_rank: int = 4
     user_init: Literal["vocabulary", "uniform"] = "vocabulary"
     user_init_range: float = 0.5
 
@@ -101,6 +102,8 @@ def _make_user_encoder(spec: PolicySpec, *, num_users: int, dim: int) -> UserMod
         return None
     if spec.user_kind == "cluster":
         return ClusterUserModel(num_clusters=spec.num_clusters, **sizes)
+    if spec.user_kind == "low_rank":
+        return LowRankUserModel(rank=spec.user_rank, **sizes)
     return {"uniform": UniformUserModel, "individual": IndividualUserModel}[spec.user_kind](**sizes)
 
 
@@ -116,7 +119,7 @@ def init_user_encoder_(policy: PersonalizedModel, spec: PolicySpec, probes: Sequ
     """
     assert policy.user_encoder is not None and min(map(len, probes)) > 1
     generator = torch.Generator().manual_seed(spec.seed)
-    count = spec.num_clusters if spec.user_kind == "cluster" else 1
+    count = policy.user_encoder.num_initial
     shape = (NUM_CANDIDATES * count, spec.num_user_tokens, policy.user_encoder.dim)
     if spec.user_init == "uniform":
         candidates = ((torch.rand(shape, generator=generator) * 2 - 1) * spec.user_init_range).to(policy.device)
@@ -132,7 +135,7 @@ def init_user_encoder_(policy: PersonalizedModel, spec: PolicySpec, probes: Sequ
     with policy.evaluating():
         disturbance = torch.stack([_disturbance(policy, candidates, probe) for probe in probes]).mean(dim=0)
     mildest = candidates[disturbance.argsort(stable=True)[:count].sort().values]
-    policy.user_encoder.init_(mildest if spec.user_kind == "cluster" else mildest[0])
+    policy.user_encoder.init_(mildest if count > 1 else mildest[0])
 
 
 def _disturbance(policy: PersonalizedModel, candidates: Tensor, probe: Sequence[int]) -> Tensor:

@@ -64,12 +64,17 @@ class UserModel(nn.Module, ABC):
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
         """Soft prompts (B, T, D) of ids (B,) already known to be in range."""
 
+    @property
+    def num_initial(self) -> int:
+        """Starting soft prompts that `init_` takes."""
+        return 1
+
     @abstractmethod
     def init_(self, initial: Tensor) -> None:
         """Set every parameter to its starting value.
 
         Args:
-            initial: starting soft prompt (T, D), or one for each cluster (K, T, D).
+            initial: starting soft prompt (T, D), or `num_initial` of them where that is above 1.
         Raises: ValueError: another shape.
         """
 

@@ -22,6 +22,11 @@ class ClusterUserModel(UserModel):
         self.basis = nn.Parameter(torch.zeros(num_clusters, num_user_tokens, dim))
         self.weights = nn.Parameter(torch.zeros(num_users + 1, num_clusters))
 
+    @property
+    def num_initial(self) -> int:
+        """One for each cluster."""
+        return self.num_clusters
+
     def cluster_shares(self, user_ids: Tensor) -> Tensor:
         """Share of each cluster in each user: (B, K), positive, every row of sum 1."""
         return gather_rows(self.weights, user_ids).softmax(dim=1)

@@ -23,6 +23,7 @@ SGD_RATE = 0.1
 _METHODS: dict[str, dict[str, Any]] = {
     "pdpo_individual": {"method": "pdpo", "user__kind": "individual", "loss__sft_weight": 0.5},
     "pdpo_cluster": {"method": "pdpo", "user__kind": "cluster"},
+    "pdpo_low_rank": {"method": "pdpo", "user__kind": "low_rank", "user__rank": 2},
     "dpo": {"method": "dpo"},
     "sft": {"method": "sft"},
     "rm": {"method": "rm"},

@@ -38,7 +38,7 @@ def test_the_first_loss_is_ln_2(tiny: Tiny, tmp_path: Path) -> None:
     assert not any(name.startswith(("logps", "nll")) for name in line)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "individual", "cluster"])
+@pytest.mark.parametrize("kind", ["uniform", "individual", "cluster", "low_rank"])
 @pytest.mark.parametrize("lora", [{"rank": 2, "alpha": 4}, None], ids=["lora", "full"])
 def test_a_checkpoint_gives_back_the_scores(tiny: Tiny, tmp_path: Path, kind: str, lora: dict | None) -> None:
     job = perturb_(build_job(tiny.config(method="prm", user__kind=kind, model__lora=lora)))

@@ -5,9 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prlhf.usermodel import ClusterUserModel, IndividualUserModel, UniformUserModel, UserContext, UserModel
+from prlhf.usermodel import (
+    ClusterUserModel,
+    IndividualUserModel,
+    LowRankUserModel,
+    UniformUserModel,
+    UserContext,
+    UserModel,
+)
 
-U, T, D, K = 5, 3, 4, 2
+U, T, D, K, R = 5, 3, 4, 2, 2
 
 
 def _initial(*shape: int) -> torch.Tensor:
@@ -19,6 +26,10 @@ def _make(kind: str) -> UserModel:
         model = ClusterUserModel(num_users=U, num_user_tokens=T, dim=D, num_clusters=K)
         model.init_(_initial(K, T, D))
         return model
+    if kind == "low_rank":
+        model = LowRankUserModel(num_users=U, num_user_tokens=T, dim=D, rank=R)
+        model.init_(_initial(1 + R, T, D))
+        return model
     model = {"uniform": UniformUserModel, "individual": IndividualUserModel}[kind](
         num_users=U, num_user_tokens=T, dim=D
     )
@@ -26,11 +37,12 @@ def _make(kind: str) -> UserModel:
     return model
 
 
-KINDS = ["uniform", "individual", "cluster"]
+KINDS = ["uniform", "individual", "cluster", "low_rank"]
 LAYOUTS = {
     "uniform": {"generic": (T, D)},
     "individual": {"generic": (T, D), "offsets": (U, T, D)},
     "cluster": {"basis": (K, T, D), "weights": (U + 1, K)},
+    "low_rank": {"generic": (T, D), "basis": (R, T, D), "weights": (U, R)},
 }
 
 
