@@ -301,20 +301,20 @@ def test_splits_share_no_prompt_and_evaluation_is_about_heldout_topics_alone(see
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_third_of_training_is_about_topics_without_facts_in_sentences_of_any_topic(seed: int) -> None:
+def test_half_of_training_is_about_topics_without_facts_in_sentences_of_any_topic(seed: int) -> None:
     general = load_general_text()
     answers = {text for wording in general.answers for text in (wording.simple, wording.expert)}
     pairs = [row for row in psoups(seed).train if row.pair_id.startswith("general-")]
-    assert Counter(row.user_id for row in pairs) == dict.fromkeys(USERS, 300)
+    assert Counter(row.user_id for row in pairs) == dict.fromkeys(USERS, 400)
     for row in pairs:
         assert any(text in row.chosen for text in answers) and any(text in row.rejected for text in answers), row
         assert any(topic in str(row.prompt) for topic in general.topics), row
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_user_has_900_rows_to_train_on_and_200_to_be_evaluated_on(seed: int) -> None:
+def test_every_user_has_800_rows_to_train_on_and_200_to_be_evaluated_on(seed: int) -> None:
     data = psoups(seed)
-    assert Counter(row.user_id for row in data.train) == dict.fromkeys(USERS, 900)
+    assert Counter(row.user_id for row in data.train) == dict.fromkeys(USERS, 800)
     assert Counter(row.user_id for row in data.eval_seen) == dict.fromkeys(USERS, 200)
     assert 0.04 < len(data.dev) / (len(data.train) + len(data.dev)) < 0.06
     assert data.user_ids() == USERS

@@ -21,11 +21,12 @@ from prlhf.data.world.render import (
     render_general,
 )
 
-TRAIN_PAIRS = 600  # an axis; each pair is judged by the two users of its axis
-GENERAL_PAIRS = 300  # an axis, in training, about topics without known facts
-DEV_PAIRS = 48
+TRAIN_PAIRS = 400  # an axis; each pair is judged by the two users of its axis
+GENERAL_PAIRS = 400  # an axis, in training, about topics without known facts
+DEV_PAIRS = 42
 EVAL_PAIRS = 200
 MAX_LENGTH_GAP = 0.5  # characters between the mean lengths of the two tones' phrases
+MAX_LENGTH_LEAD = 0.05  # how much more often one tone's phrase is the longer of two than the shorter
 OPENERS, CLOSERS = 12, 8  # of each tone in one world; the other phrases are in the pretraining text alone
 
 
@@ -50,7 +51,7 @@ TASTES = {
 def build_psoups(seed: int) -> PreferenceData:
     """The preference data of the six users; every prompt belongs to one pair, every pair to two opposed users.
 
-    train and dev: prompts about the training topics, none in both. A third of train is about topics without known
+    train and dev: prompts about the training topics, none in both. Half of train is about topics without known
     facts, answered in general: a model that is trained on facts alone invents some for every topic that it does not
     know. eval_seen: prompts about the held-out topics, which neither the training pairs nor the pretraining text
     mention. eval_unseen is empty: there are no further users.
@@ -85,12 +86,14 @@ def _draw_phrases(rng: random.Random) -> Tones:
             tone = load_tone(friendly=friendly)
             openers, closers = rng.sample(tone.openers, OPENERS), rng.sample(tone.closers, CLOSERS)
             drawn[friendly] = replace(tone, openers=tuple(openers), closers=tuple(closers))
-        gaps = [
-            abs(mean(map(len, getattr(drawn[True], kind))) - mean(map(len, getattr(drawn[False], kind))))
-            for kind in ("openers", "closers")
-        ]
-        if max(gaps) <= MAX_LENGTH_GAP:
+        lengths = [[list(map(len, getattr(drawn[side], kind))) for side in drawn] for kind in ("openers", "closers")]
+        if all(abs(mean(a) - mean(b)) <= MAX_LENGTH_GAP and _length_lead(a, b) <= MAX_LENGTH_LEAD for a, b in lengths):
             return drawn
+
+
+def _length_lead(first: Sequence[int], second: Sequence[int]) -> float:
+    """How far apart the shares of pairs are in which the first or the second is longer."""
+    return abs(mean((a > b) - (a < b) for a in first for b in second))
 
 
 def _make_rows(split: str, requests: Sequence[Request], tones: Tones, rng: random.Random) -> list[PreferenceRow]:
