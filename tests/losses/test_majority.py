@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prlhf.losses import dpo_loss, pdpo_loss
+from prlhf.losses import bradley_terry_loss, dpo_loss, pdpo_loss, prm_loss
 from prlhf.usermodel import IndividualUserModel
 
 BETA = 0.5
@@ -100,3 +100,38 @@ def test_pdpo_serves_two_users_of_opposite_taste():
     gap = out().generic.chosen_rewards - out().generic.rejected_rewards
     # The generic user sees both tastes at share 1/2.
     torch.testing.assert_close(gap, torch.zeros_like(gap), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_first", [1, 3, 5, 6, 9])
+def test_a_vanilla_reward_model_learns_the_share_of_the_users(num_first):
+    choices = torch.tensor([0] * num_first + [1] * (10 - num_first))
+    scores = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    rows = choices[:, None]
+
+    def loss() -> Tensor:
+        table = scores.expand(len(choices), 2)
+        return bradley_terry_loss(table.gather(1, rows)[:, 0], table.gather(1, 1 - rows)[:, 0]).losses.mean()
+
+    _minimise([scores], loss)
+    gap = (scores[0, 0] - scores[0, 1]).detach()
+    assert gap.sigmoid().item() == pytest.approx(num_first / 10, abs=1e-4)
+
+
+@pytest.mark.parametrize("num_first", [1, 3])
+def test_prm_serves_minority_and_majority(num_first):
+    """Four users judge one pair; each one's soft prompt is that user's two scores."""
+    users = IndividualUserModel(num_users=4, num_user_tokens=1, dim=2).double()
+    user_ids = torch.arange(1, 5)
+    choices = torch.tensor([0] * num_first + [1] * (4 - num_first))[:, None]
+
+    def scores(ids: Tensor) -> tuple[Tensor, Tensor]:
+        table = users(ids)[:, 0]
+        return table.gather(1, choices)[:, 0], table.gather(1, 1 - choices)[:, 0]
+
+    optimizer = torch.optim.SGD(users.parameters(), lr=1.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        prm_loss(*scores(user_ids), *scores(torch.zeros_like(user_ids)), alpha=0.5).losses.sum().backward()
+        optimizer.step()
+    chosen, rejected = scores(user_ids)
+    assert (chosen > rejected).all()
