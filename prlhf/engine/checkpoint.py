@@ -57,7 +57,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What does not change in a run: the policy's shape, the method, the configuration and the training data."""
+    """What does not change in a run: the model's shape, the method, the configuration and the training data."""
 
     spec: PolicySpec
     method: str
