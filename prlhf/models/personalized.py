@@ -45,6 +45,11 @@ class PersonalizedModel(nn.Module, ABC):
             num_user_tokens=0 if user_encoder is None else user_encoder.num_user_tokens,
         )
         self.base_sha256 = ""  # of the backbone's weights before training, set by whoever loads them
+        self.complete_()
+
+    @abstractmethod
+    def complete_(self) -> None:
+        """Add what only this kind of model has; called once, when the shared parts are there."""
 
     @property
     def device(self) -> torch.device:

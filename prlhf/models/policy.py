@@ -5,18 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
-from prlhf.data.records import UserIndex
 from prlhf.losses import response_logps, response_token_counts
 from prlhf.models.lora import adapters_disabled
 from prlhf.models.personalized import PersonalizedModel
-from prlhf.usermodel import UserModel
 
 
 class ResponseLogps(NamedTuple):
@@ -37,15 +35,8 @@ class PersonalizedPolicy(PersonalizedModel):
     Args: those of `PersonalizedModel`.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        tokenizer: Any,
-        *,
-        user_encoder: UserModel | None = None,
-        users: UserIndex | None = None,
-    ) -> None:
-        super().__init__(backbone, tokenizer, user_encoder=user_encoder, users=users)
+    def complete_(self) -> None:
+        """Give the policy its reference."""
         self.reference: Reference = Reference(self)
 
     def sequence_logps(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
-from prlhf.data.records import UserIndex
 from prlhf.losses import response_token_counts
 from prlhf.models.backbone import input_embedding
 from prlhf.models.personalized import PersonalizedModel
-from prlhf.usermodel import UserModel
 
 
 class ResponseScores(NamedTuple):
@@ -32,18 +30,11 @@ class PersonalizedRewardModel(PersonalizedModel):
     Source: Li et al. 2024, arXiv:2402.05133, the P-RM objective; the head as in Ouyang et al. 2022, arXiv:2203.02155.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        tokenizer: Any,
-        *,
-        user_encoder: UserModel | None = None,
-        users: UserIndex | None = None,
-    ) -> None:
-        super().__init__(backbone, tokenizer, user_encoder=user_encoder, users=users)
-        self.score = nn.Linear(_hidden_dim(backbone), 1, bias=False, device=self.device)
+    def complete_(self) -> None:
+        """Give the model its head."""
+        self.score = nn.Linear(_hidden_dim(self.backbone), 1, bias=False, device=self.device)
         nn.init.zeros_(self.score.weight)
-        _freeze_output_layer_(backbone)
+        _freeze_output_layer_(self.backbone)
 
     def sequence_scores(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> Tensor:
         """Score of each sequence of a batch: (N,) float32.
