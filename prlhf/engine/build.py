@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -57,6 +57,12 @@ class Job:
     max_steps: int
     autocast: Autocast
     pad_id: int
+
+    @property
+    def reference(self) -> Reference | None:
+        """The frozen policy that the objective compares with; None for sft and reward models."""
+        compares = isinstance(self.model, PersonalizedPolicy) and self.config.method in PREFERENCE_METHODS
+        return cast(PersonalizedPolicy, self.model).reference if compares else None
 
 
 def make_spec(config: Config) -> PolicySpec:

@@ -11,13 +11,12 @@ import numpy as np
 
 from prlhf.config import Config, dump_config
 from prlhf.distributed import world_size
-from prlhf.engine.build import PREFERENCE_METHODS, Job, build_job
+from prlhf.engine.build import Job, build_job
 from prlhf.engine.final import peak_memory_bytes
 from prlhf.engine.reference import LiveReference, no_reference
 from prlhf.engine.step import Batch, accumulate_gradients_
 from prlhf.engine.trainer import batches_of_step
 from prlhf.evaluation.report import make_table
-from prlhf.models.policy import PersonalizedPolicy
 
 BYTES_PER_MOMENT_PAIR = 8  # two float32 moments a trained value
 
@@ -31,7 +30,7 @@ def describe_job(config: Config, run_dir: Path) -> str:
     total = sum(parameter.numel() for parameter in job.model.parameters())
     trainable = sum(parameter.numel() for parameter in job.model.trainable().values())
     weights = sum(p.numel() * p.element_size() for p in job.model.parameters())
-    copies = 1 + int(isinstance(job.model, PersonalizedPolicy) and job.model.reference.frozen_copy)
+    copies = 1 + int(job.reference is not None and job.reference.frozen_copy)
     training = trainable * (4 + BYTES_PER_MOMENT_PAIR)
     lengths = np.array([row.num_tokens for row in job.rows])
     rows = [
@@ -70,9 +69,7 @@ def describe_job(config: Config, run_dir: Path) -> str:
 def _time_one_step(job: Job) -> float:
     """Seconds of one step's forward and backward on this rank, after one to warm up."""
     seconds = 0.0
-    reference: Callable[[Batch], Any] = no_reference
-    if isinstance(job.model, PersonalizedPolicy) and job.config.method in PREFERENCE_METHODS:
-        reference = LiveReference(job.model.reference)
+    reference: Callable[[Batch], Any] = no_reference if job.reference is None else LiveReference(job.reference)
     for step in range(2):
         batches, num_rows = batches_of_step(job, step)
         began = time.perf_counter()

@@ -16,7 +16,7 @@ from prlhf.data.collate import collate_pairs, collate_responses
 from prlhf.data.sampler import cut_microbatches, global_batch, shard
 from prlhf.data.tokenize import TokenizedPair
 from prlhf.distributed import all_reduce_any, is_main, rank, world_size
-from prlhf.engine.build import PREFERENCE_METHODS, Job, build_job
+from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import (
     CONFIG,
     Progress,
@@ -36,7 +36,6 @@ from prlhf.engine.run_dir import RunDir
 from prlhf.engine.step import Batch, StepResult, train_step_
 from prlhf.errors import Preempted, PrlhfError, RunDirError
 from prlhf.evaluation.report import load_final
-from prlhf.models.policy import PersonalizedPolicy
 
 logger = logging.getLogger(__name__)
 
@@ -172,12 +171,12 @@ def _count_(progress: Progress, result: StepResult, num_rows: int, seconds: floa
 
 
 def _make_reference(job: Job, stop: StopFlag) -> Callable[[Batch], Any]:
-    if not isinstance(job.model, PersonalizedPolicy) or job.config.method not in PREFERENCE_METHODS:
+    if job.reference is None:
         return no_reference
     if job.config.model.reference == "live":
-        return LiveReference(job.model.reference)
+        return LiveReference(job.reference)
     return compute_reference_table(
-        job.model.reference,
+        job.reference,
         [row for row in job.rows if isinstance(row, TokenizedPair)],
         pad_id=job.pad_id,
         microbatch_tokens=job.config.train.microbatch_tokens,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prlhf.config import Config
-from prlhf.engine.build import PREFERENCE_METHODS, Job
+from prlhf.engine.build import Job
 from prlhf.engine.optim import all_reduce_gradients_
 from prlhf.engine.reference import LiveReference, no_reference
 from prlhf.engine.step import Batch, StepResult, accumulate_gradients_, train_step_
@@ -41,9 +41,7 @@ def cut_config(tiny: Tiny, variant: str, **settings: Any) -> Config:
 
 
 def reference_of(job: Job) -> Callable[[Batch], Any]:
-    if job.config.method not in PREFERENCE_METHODS:
-        return no_reference
-    return LiveReference(job.model.reference)
+    return no_reference if job.reference is None else LiveReference(job.reference)
 
 
 def gradients_of(job: Job, batches: Sequence[Batch], num_global_rows: int) -> dict[str, Tensor]:
