@@ -81,8 +81,9 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The optimisation; `batch_rows` is global, `microbatch_tokens` bounds the padded size of one rank's forward pass.
+    """The optimisation; `batch_rows` is global, `microbatch_tokens` bounds the tokens of one rank's forward pass.
 
+    With `packing` rows are laid out without padding and responses to one prompt share it, where the backbone allows it.
     `user_lr` is the rate of the user embeddings, `cluster_lr` that of the users' weights of shared soft prompts
     (cluster, low_rank). `max_steps: null` trains `epochs` epochs; the run stops after `max_skipped_steps` non-finite
     steps in a row.
@@ -92,6 +93,7 @@ class TrainConfig:
     max_steps: int | None = None
     batch_rows: int = 16
     microbatch_tokens: int = 8192
+    packing: bool = True
     lr: float = 5e-5
     user_lr: float = 1e-3
     cluster_lr: float = 1e-2

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def num_steps_per_epoch(num_rows: int, batch_rows: int) -> int:
@@ -25,7 +28,7 @@ def global_batch(step: int, *, num_rows: int, batch_rows: int, seed: int) -> lis
     return order[position * batch_rows : (position + 1) * batch_rows].tolist()
 
 
-def shard(indices: Sequence[int], rank: int, world_size: int) -> list[int]:
+def shard(indices: Sequence[T], rank: int, world_size: int) -> list[T]:
     """A rank's contiguous part; parts differ by at most one row and may be empty."""
     num_rows = len(indices)
     return list(indices[rank * num_rows // world_size : (rank + 1) * num_rows // world_size])
@@ -48,3 +51,22 @@ def cut_microbatches(
         microbatches.append(ordered[start : start + count])
         start += count
     return microbatches
+
+
+def cut_packs(indices: Sequence[int], num_tokens: Callable[[int], int], microbatch_tokens: int) -> list[list[int]]:
+    """Cut rows, in order, into micro-batches of rows that are packed without padding.
+
+    Args:
+        num_tokens: tokens of a row.
+        microbatch_tokens: limit of the sum over a micro-batch; a row longer than that is one by itself.
+    """
+    packs: list[list[int]] = []
+    room = 0
+    for index in indices:
+        size = num_tokens(index)
+        if not packs or size > room:
+            packs.append([])
+            room = microbatch_tokens
+        packs[-1].append(index)
+        room -= size
+    return packs

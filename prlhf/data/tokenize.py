@@ -49,6 +49,11 @@ class TokenizedPair:
         """Tokens of the longer of the row's two sequences."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
+    @property
+    def num_packed_tokens(self) -> int:
+        """Tokens of the prompt and of both responses."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
 
 @dataclass(frozen=True)
 class TokenizedResponse:
@@ -63,6 +68,11 @@ class TokenizedResponse:
     def num_tokens(self) -> int:
         """Tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def num_packed_tokens(self) -> int:
+        """The same, since there is one response."""
+        return self.num_tokens
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,8 @@ def build_job(config: Config) -> Job:
     spec = make_spec(config)
     make = make_reward_model if config.method in REWARD_METHODS else make_policy
     model: Model = make(spec, preferences.user_ids() if preferences else [])
+    if not config.train.packing:
+        model.packing = None
     check_positions(model, config.data.max_tokens)
     limits = tokenize_limits(config, model)
     if preferences is not None:

@@ -31,6 +31,7 @@ EVAL_OVERRIDES = (
     "train.device",
     "train.num_threads",
     "train.microbatch_tokens",
+    "train.packing",
     "train.precision",
     "seed",
 )
@@ -57,7 +58,7 @@ def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequ
             f"{directory}: trained with sft, which has no preferences to evaluate; see its eval/final.json"
         )
     device = pick_device(config.train.device)
-    model = load_model(directory, device=str(device))
+    model = load_model(directory, device=str(device), packing=config.train.packing)
     data = _known_rows(
         load_preferences(config), model.users.user_ids if model.user_encoder and model.users else None
     )

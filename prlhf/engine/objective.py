@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from prlhf.data.collate import PairBatch, ResponseBatch
@@ -61,6 +60,11 @@ class Objective:
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
 
+    @property
+    def num_terms(self) -> int:
+        """Ways in which a batch is read in one pass."""
+        return 2 if self.method in ("pdpo", "prm") else 1
+
     def figure_names(self) -> list[str]:
         """Names of the sums that every micro-batch returns, the same on a rank that has no row."""
         terms = {"sft": (), "dpo": ("",), "rm": ("",)}.get(self.method, ("", "individual/", "generic/"))
@@ -87,8 +91,7 @@ class Objective:
         return RowLosses(out.losses, {"loss": out.losses.detach().sum(), **_reward_figures(out, "")})
 
     def _prm(self, model: PersonalizedRewardModel, batch: PairBatch) -> RowLosses:
-        individual = model.scores(batch, batch.user_ids)
-        generic = model.scores(batch, torch.zeros_like(batch.user_ids))
+        individual, generic = model.both_scores(batch)
         out = prm_loss(*individual, *generic, alpha=self.alpha)
         return RowLosses(
             out.losses,
@@ -119,8 +122,7 @@ class Objective:
         return RowLosses(losses, {"loss": losses.detach().sum(), **_figures(out, logps, "")})
 
     def _pdpo(self, policy: PersonalizedPolicy, batch: PairBatch, reference: ReferenceLogps) -> RowLosses:
-        individual = policy.logps(batch, batch.user_ids)
-        generic = policy.logps(batch, torch.zeros_like(batch.user_ids))
+        individual, generic = policy.both_logps(batch)
         out = pdpo_loss(
             individual.chosen,
             individual.rejected,

@@ -49,7 +49,7 @@ def accumulate_gradients_(
         for name, value in row_losses.sums.items():
             result.sums[name] = result.sums[name] + value if name in result.sums else value
         result.num_rows += batch.num_rows
-        result.num_tokens += batch.input_ids.numel()
+        result.num_tokens += batch.num_tokens
     return result
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from prlhf.config import Config, changed_keys, dump_config, load_config
 from prlhf.data.collate import collate_pairs, collate_responses
-from prlhf.data.sampler import cut_microbatches, global_batch, shard
+from prlhf.data.sampler import cut_microbatches, cut_packs, global_batch, shard
 from prlhf.data.tokenize import TokenizedPair
 from prlhf.distributed import all_reduce_any, is_main, rank, world_size
 from prlhf.engine.build import Job, build_job
@@ -43,6 +43,7 @@ MAY_CHANGE_ON_RESUME = (
     "eval",
     "checkpoint",
     "train.microbatch_tokens",
+    "train.packing",
     "train.log_every",
     "train.num_threads",
     "train.epochs",
@@ -145,13 +146,19 @@ def batches_of_step(job: Job, step: int) -> tuple[list[Batch], int]:
     config = job.config
     indices = global_batch(step, num_rows=len(job.rows), batch_rows=config.train.batch_rows, seed=config.seed)
     mine = shard(indices, rank(), world_size())
-    num_soft = job.model.soft_prompt.num_user_tokens
-    copies = 1 if config.method == "sft" else 2
-    cuts = cut_microbatches(
-        mine, lambda i: copies * (job.rows[i].num_tokens + num_soft), config.train.microbatch_tokens
-    )
+    cuts = _cut(job, mine)
     collate: Any = collate_responses if config.method == "sft" else collate_pairs
     return [collate([job.rows[i] for i in cut], job.pad_id).to(job.model.device) for cut in cuts], len(indices)
+
+
+def _cut(job: Job, indices: list[int]) -> list[list[int]]:
+    """Micro-batches of a step's rows: by their tokens where rows are packed, by their padded size elsewhere."""
+    limit, num_soft = job.config.train.microbatch_tokens, job.model.soft_prompt.num_user_tokens
+    if job.model.packing is not None:
+        num_terms = job.objective.num_terms
+        return cut_packs(indices, lambda i: num_terms * (job.rows[i].num_packed_tokens + num_soft), limit)
+    copies = 1 if job.config.method == "sft" else 2
+    return cut_microbatches(indices, lambda i: copies * (job.rows[i].num_tokens + num_soft), limit)
 
 
 def _count_(progress: Progress, result: StepResult, num_rows: int, seconds: float, max_skipped: int) -> None:

@@ -1,4 +1,4 @@
-"""Log-probs or reward scores of many ragged sequences, in padded batches of similar length."""
+"""Log-probs or reward scores of many ragged sequences; those with a common prompt share it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from prlhf.data.collate import collate_responses
+from prlhf.data.collate import ResponseTree, collate_trees
 from prlhf.data.records import GENERIC_USER_ID
-from prlhf.data.sampler import cut_microbatches
-from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
+from prlhf.data.sampler import cut_microbatches, cut_packs, shard
+from prlhf.data.tokenize import TokenizedPair
 from prlhf.distributed import all_reduce_sum, rank, world_size
 from prlhf.models.personalized import PersonalizedModel
 
@@ -49,24 +49,54 @@ def score_sequences(
         user_ids: N ids, 0 is generic; None: no soft prompt.
         on_batch: called between batches; may raise to stop.
     """
-    users = [GENERIC_USER_ID] * len(sequences) if user_ids is None else user_ids
-    rows = [
-        TokenizedResponse(row, user_id, *sequence)
-        for row, (sequence, user_id) in enumerate(zip(sequences, users, strict=True))
-    ]
+    trees, members = _grow_trees(sequences, user_ids, microbatch_tokens)
     num_soft = 0 if user_ids is None else model.soft_prompt.num_user_tokens
-    cuts = cut_microbatches(range(len(rows)), lambda i: rows[i].num_tokens + num_soft, microbatch_tokens)
     results = []
+    cuts = _cut(model, trees, num_soft, microbatch_tokens)
     with model.evaluating():
-        for members in cuts:
+        for cut in cuts:
             on_batch()
-            batch = collate_responses([rows[i] for i in members], pad_id).to(model.device)
+            batch = collate_trees([trees[i] for i in cut], pad_id).to(model.device)
             results.append(model.sequence_values(batch, None if user_ids is None else batch.user_ids))
-    scores = Scores(torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.int64))
+    scores = Scores(torch.zeros(len(sequences)), torch.zeros(len(sequences), dtype=torch.int64))
     # The device is waited for here alone, not once a batch.
-    for members, (values, tokens) in zip(cuts, results, strict=True):
-        scores.values[members], scores.tokens[members] = values.cpu(), tokens.cpu()
+    for cut, (values, tokens) in zip(cuts, results, strict=True):
+        places = [place for i in cut for place in members[i]]
+        scores.values[places], scores.tokens[places] = values.cpu(), tokens.cpu()
     return scores
+
+
+def _grow_trees(
+    sequences: Sequence[TokenSequence], user_ids: Sequence[int] | None, microbatch_tokens: int
+) -> tuple[list[ResponseTree], list[list[int]]]:
+    """Sequences with the same user and prompt as trees no larger than a micro-batch, and their places in the list."""
+    places: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+    users = [GENERIC_USER_ID] * len(sequences) if user_ids is None else user_ids
+    for place, (sequence, user_id) in enumerate(zip(sequences, users, strict=True)):
+        places.setdefault((user_id, sequence.prompt_ids), []).append(place)
+    trees: list[ResponseTree] = []
+    members: list[list[int]] = []
+    for (user_id, prompt_ids), group in places.items():
+        room = microbatch_tokens - len(prompt_ids)
+        for part in cut_packs(group, lambda place: len(sequences[place].response_ids), room):
+            responses = tuple(sequences[place].response_ids for place in part)
+            trees.append(ResponseTree(len(trees), user_id, prompt_ids, responses))
+            members.append(part)
+    return trees, members
+
+
+def _cut(
+    model: PersonalizedModel, trees: Sequence[ResponseTree], num_soft: int, microbatch_tokens: int
+) -> list[list[int]]:
+    """Micro-batches of trees: by their tokens where rows are packed, by their padded size elsewhere."""
+    if model.packing is not None:
+        return cut_packs(range(len(trees)), lambda i: trees[i].num_tokens + num_soft, microbatch_tokens)
+
+    def padded(i: int) -> int:
+        longest = max(map(len, trees[i].responses))
+        return len(trees[i].responses) * (len(trees[i].prompt_ids) + longest + num_soft)
+
+    return cut_microbatches(range(len(trees)), padded, microbatch_tokens)
 
 
 def score_pair_responses(
@@ -87,10 +117,10 @@ def score_pair_responses(
         user = GENERIC_USER_ID if user_ids is None else user_ids[i]
         for j, response in enumerate((row.chosen_ids, row.rejected_ids)):
             places[i, j] = distinct.setdefault((TokenSequence(row.prompt_ids, response), user), len(distinct))
-    mine = list(distinct)[rank() :: world_size()]
+    mine = shard(list(distinct), rank(), world_size())
     users = None if user_ids is None else [user for _, user in mine]
     scores = score_sequences(model, [sequence for sequence, _ in mine], users, **options)
     # On the model's device, because NCCL sums nothing on the CPU; each entry is one rank's value plus zeros.
     values = torch.zeros(len(distinct), device=model.device)
-    values[rank() :: world_size()] = scores.values.to(model.device)
+    values[shard(range(len(distinct)), rank(), world_size())] = scores.values.to(model.device)
     return all_reduce_sum(values).cpu()[places]

@@ -8,6 +8,7 @@ from prlhf.losses.pairwise import PAIRWISE_LOSSES, SMOOTHED_KINDS, PairwiseKind,
 from prlhf.losses.pdpo import PersonalizedLoss, pdpo_loss
 from prlhf.losses.prm import bradley_terry_loss, prm_loss
 from prlhf.losses.simpo import simpo_loss
+from prlhf.losses.token_logps import linear_token_logps
 
 __all__ = [
     "PAIRWISE_LOSSES",
@@ -20,6 +21,7 @@ __all__ = [
     "compute_pairwise_losses",
     "dpo_loss",
     "kto_loss",
+    "linear_token_logps",
     "orpo_term",
     "pdpo_loss",
     "prm_loss",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from prlhf.errors import CheckpointError
 from prlhf.files import find_damage, read_json
 from prlhf.models.backbone import embedding_dim, hash_state, input_embedding, load_backbone, load_tokenizer
 from prlhf.models.lora import PEFT_PREFIX, add_lora_, lora_state_dict
+from prlhf.models.packing import Packing, set_up_packing_
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
@@ -31,6 +33,7 @@ STATE = "state.json"
 
 REWARD_METHODS = ("rm", "prm")
 HEAD_KEY = "score.weight"  # as in transformers' sequence classifiers
+logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PersonalizedModel)
 UserKind: TypeAlias = Literal["none", "uniform", "individual", "cluster", "low_rank"]
 
@@ -84,6 +87,11 @@ def _make_model(kind: type[Model], spec: PolicySpec, user_ids: Sequence[str], to
     tokenizer = own_tokenizer if tokenizer is None else tokenizer
     model = kind(backbone, tokenizer, user_encoder=user_encoder, users=users)
     model.base_sha256 = hash_state(backbone)
+    packing = set_up_packing_(backbone)
+    if isinstance(packing, Packing):
+        model.packing = packing
+    else:
+        logger.info("%s cannot read packed rows (%s); they are padded", type(backbone).__name__, packing)
     if spec.lora_rank is not None:
         add_lora_(
             backbone,
@@ -245,10 +253,12 @@ def load_reward_model(checkpoint_dir: str | Path, *, device: str = "cpu") -> Per
 
 
 def load_model(
-    checkpoint_dir: str | Path, *, device: str = "cpu"
+    checkpoint_dir: str | Path, *, device: str = "cpu", packing: bool = True
 ) -> PersonalizedPolicy | PersonalizedRewardModel:
     """The policy or reward model of a checkpoint or run directory, by its method; see `load_policy`.
 
+    Args:
+        packing: False pads rows even where the backbone can read packed ones.
     Raises: CheckpointError: damaged, or trained on another base model. ModelError: the backbone cannot be loaded.
     """
     directory = resolve_checkpoint(Path(checkpoint_dir))
@@ -265,6 +275,8 @@ def load_model(
             f"{directory}: trained on another base model than {spec.backbone!r} is now; restore its weights"
         )
     model.to(device)
+    if not packing:
+        model.packing = None
     if isinstance(model, PersonalizedPolicy) and spec.lora_rank is None:
         model.reference = Reference(model, frozen_copy=True)
     load_trained_(model, directory, lora=spec.lora_rank is not None)

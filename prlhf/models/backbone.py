@@ -105,6 +105,11 @@ def input_embedding(backbone: nn.Module) -> nn.Module:
     return cast(Any, backbone).get_input_embeddings()
 
 
+def decoder(backbone: nn.Module) -> nn.Module:
+    """The backbone without its output layer: `base_model` of transformers' PreTrainedModel."""
+    return cast(Any, backbone).base_model
+
+
 def embedding_dim(backbone: nn.Module) -> int:
     """Width D of what the embedding module returns (not always hidden_size: OPT projects)."""
     embedding = input_embedding(backbone)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.data.collate import PairBatch, ResponseBatch
-from prlhf.data.records import UserIndex
+from prlhf.data.records import GENERIC_USER_ID, UserIndex
 from prlhf.models.backbone import input_embedding
+from prlhf.models.packing import Pack, Packing, Term, make_pack
 from prlhf.models.soft_prompt import SoftPromptAdapter
 from prlhf.usermodel import UserModel
 
@@ -44,6 +45,7 @@ class PersonalizedModel(nn.Module, ABC):
             has_bos=tokenizer.bos_token_id is not None,
             num_user_tokens=0 if user_encoder is None else user_encoder.num_user_tokens,
         )
+        self.packing: Packing | None = None  # set by whoever tried the backbone; None: rows are padded
         self.base_sha256 = ""  # of the backbone's weights before training, set by whoever loads them
         self.complete_()
 
@@ -56,31 +58,70 @@ class PersonalizedModel(nn.Module, ABC):
         """Device of the backbone's weights."""
         return next(self.backbone.parameters()).device
 
-    def input_embeds(self, input_ids: Tensor, user_ids: Tensor | None) -> Tensor:
+    def input_embeds(self, input_ids: Tensor, user_ids: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """Embeddings of the sequence, with the users' soft prompts in their place.
 
         Args:
             input_ids: (N, L) int64, right-padded.
-            user_ids: (N / k,) int64 for k stacked blocks of the same users; None: no soft prompt.
+            user_ids: (B,) int64; None: no soft prompt.
+            rows: (N,) int64, the place of each sequence's user in `user_ids`; None: N is B.
         Returns: (N, L + T, D), or (N, L, D) without soft prompt.
         Raises: ValueError: user ids for a model without users.
         """
         token_embeds = input_embedding(self.backbone)(input_ids)
         if user_ids is None:
             return token_embeds
-        if self.user_encoder is None:
-            raise ValueError("user_ids were given, but this model has no user encoder; pass user_ids=None")
-        return self.soft_prompt(token_embeds, self.user_encoder(user_ids))
+        soft_prompts = self._encoder()(user_ids)
+        return self.soft_prompt(token_embeds, soft_prompts if rows is None else soft_prompts[rows])
 
-    @abstractmethod
     def sequence_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """What the model says of each sequence of a batch: a policy its response's log-prob, a reward model its score.
 
         Args:
-            batch: N sequences (2B of a pair batch), padded on the right.
-            user_ids: as for `input_embeds`.
-        Returns: values (N,) float32, response tokens (N,) int64.
+            batch: N sequences (2B of a pair batch).
+            user_ids: (B,) int64, 0 is the generic user; None: no soft prompt.
+        Returns: values (N,) float32, scored response tokens (N,) int64.
         """
+        return self.term_values(batch, [Term(user_ids, shared=user_ids is None)])[0]
+
+    def term_values(self, batch: PairBatch | ResponseBatch, terms: Sequence[Term]) -> list[tuple[Tensor, Tensor]]:
+        """`sequence_values` of a batch read in several ways, in one forward pass where rows can be packed."""
+        num_soft = self.soft_prompt.num_user_tokens
+        if self.packing is None or not self.packing.fits(batch, num_soft):
+            return [self.padded_values(batch, term.user_ids) for term in terms]
+        pack = make_pack(batch, terms, num_soft=num_soft, num_bos=self.soft_prompt.num_bos)
+        values = self.packed_values(pack, self._packed_embeds(pack, terms))
+        return [(values[numbers], tokens) for numbers, tokens in zip(pack.members, pack.tokens, strict=True)]
+
+    def both_terms(self, batch: PairBatch | ResponseBatch) -> list[tuple[Tensor, Tensor]]:
+        """`sequence_values` as each row's user, and as the generic user."""
+        generic = torch.full_like(batch.user_ids, GENERIC_USER_ID)
+        return self.term_values(batch, [Term(batch.user_ids, shared=False), Term(generic, shared=True)])
+
+    @abstractmethod
+    def padded_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`sequence_values` from rows padded on the right: for any backbone, and the oracle of packed rows."""
+
+    @abstractmethod
+    def packed_values(self, pack: Pack, embeds: Tensor) -> Tensor:
+        """Value of each distinct response of a pack, (R,) float32.
+
+        Args:
+            embeds: (1, N, D), embeddings of the pack's positions.
+        """
+
+    def _packed_embeds(self, pack: Pack, terms: Sequence[Term]) -> Tensor:
+        parts = [input_embedding(self.backbone)(pack.token_ids)]
+        user_ids = [term.user_ids for term in terms if term.user_ids is not None]
+        if user_ids:
+            soft_prompts = self._encoder()(torch.cat(user_ids))
+            parts.append(soft_prompts.flatten(0, 1).to(parts[0].dtype))
+        return torch.cat(parts)[pack.order][None]
+
+    def _encoder(self) -> UserModel:
+        if self.user_encoder is None:
+            raise ValueError("user_ids were given, but this model has no user encoder; pass user_ids=None")
+        return self.user_encoder
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that training moves, by name."""

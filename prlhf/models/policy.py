@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
-from prlhf.losses import response_logps, response_token_counts
+from prlhf.losses import linear_token_logps, response_logps, response_token_counts
+from prlhf.models.backbone import decoder
 from prlhf.models.lora import adapters_disabled
+from prlhf.models.packing import Pack, packed_call
 from prlhf.models.personalized import PersonalizedModel
 
 
@@ -29,8 +31,8 @@ class ResponseLogps(NamedTuple):
 class PersonalizedPolicy(PersonalizedModel):
     """A causal LM, a user encoder, the soft-prompt adapter between them, and the frozen reference.
 
-    Every log-prob that training, evaluation and scoring use comes from `logps` or `sequence_logps`; a faster
-    arrangement of the same rows (packing, prefix sharing) belongs behind them.
+    Every log-prob that training, evaluation and scoring use comes from `term_values`, over packed rows that share their
+    prompts where the backbone allows it and over padded rows elsewhere.
 
     Args: those of `PersonalizedModel`.
     """
@@ -40,27 +42,8 @@ class PersonalizedPolicy(PersonalizedModel):
         self.reference: Reference = Reference(self)
 
     def sequence_logps(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Summed log-probs of the labelled tokens of each sequence of a batch.
-
-        No attention mask is needed: under causal attention no real token sees a pad on its right, and pads carry
-        no label. Logits exist from the first position on that scores a label in some row.
-
-        Args:
-            batch: N sequences (2B of a pair batch).
-            user_ids: as for `input_embeds`.
-        Returns: log-probs (N,) float32 in nats, scored tokens (N,) int64.
-        """
-        embeds = self.input_embeds(batch.input_ids, user_ids)
-        num_soft = embeds.shape[1] - batch.input_ids.shape[1]
-        # The soft prompt stands before every label, and a label is scored by the position before it.
-        first = max(num_soft + batch.num_unscored - 1, 0)
-        labels = F.pad(batch.labels, (num_soft, 0), value=IGNORE_INDEX)[:, first:]
-        logits = self.backbone(inputs_embeds=embeds, use_cache=False, logits_to_keep=labels.shape[1]).logits
-        return response_logps(logits, labels), response_token_counts(labels)
-
-    def sequence_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`sequence_logps`."""
-        return self.sequence_logps(batch, user_ids)
+        """Summed log-probs (N,) of the responses of a batch, in nats, and their scored tokens: `sequence_values`."""
+        return self.sequence_values(batch, user_ids)
 
     def logps(self, batch: PairBatch, user_ids: Tensor | None) -> ResponseLogps:
         """Summed log-probs of both responses of each row.
@@ -69,10 +52,42 @@ class PersonalizedPolicy(PersonalizedModel):
             batch: B rows.
             user_ids: (B,) int64, 0 is the generic user; None: no soft prompt at all (reference, vanilla methods).
         """
-        logps, tokens = self.sequence_logps(batch, user_ids)
-        chosen, rejected = logps.chunk(2)
-        chosen_tokens, rejected_tokens = tokens.chunk(2)
-        return ResponseLogps(chosen, rejected, chosen_tokens, rejected_tokens)
+        return _of_pairs(*self.sequence_logps(batch, user_ids))
+
+    def both_logps(self, batch: PairBatch) -> tuple[ResponseLogps, ResponseLogps]:
+        """`logps` as each row's user, and as the generic user."""
+        individual, generic = self.both_terms(batch)
+        return _of_pairs(*individual), _of_pairs(*generic)
+
+    def padded_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """No attention mask is needed: under causal attention no real token sees a pad on its right, and pads carry
+        no label. Logits exist from the first position on that scores a label in some row.
+        """
+        embeds = self.input_embeds(batch.input_ids, user_ids, batch.sequence_row_ids())
+        num_soft = embeds.shape[1] - batch.input_ids.shape[1]
+        # The soft prompt stands before every label, and a label is scored by the position before it.
+        first = max(num_soft + batch.num_unscored - 1, 0)
+        labels = F.pad(batch.labels, (num_soft, 0), value=IGNORE_INDEX)[:, first:]
+        logits = self.backbone(inputs_embeds=embeds, use_cache=False, logits_to_keep=labels.shape[1]).logits
+        return response_logps(logits, labels), response_token_counts(labels)
+
+    def packed_values(self, pack: Pack, embeds: Tensor) -> Tensor:
+        """Logits exist for response tokens alone, and under a linear output layer only a chunk of them at a time."""
+        assert self.packing is not None
+        if self.packing.linear_head:
+            head = cast(Any, self.backbone).get_output_embeddings()
+            hidden = packed_call(decoder(self.backbone), embeds, pack, pack.position_ids).last_hidden_state[0]
+            token_logps = linear_token_logps(hidden[pack.scored], head.weight, head.bias, pack.targets)
+        else:
+            logits = packed_call(
+                self.backbone, embeds, pack, pack.position_ids, logits_to_keep=pack.scored
+            ).logits[0]
+            token_logps = -F.cross_entropy(logits.float(), pack.targets, reduction="none")
+        return torch.stack([part.sum() for part in token_logps.split(pack.num_scored)])
+
+
+def _of_pairs(logps: Tensor, tokens: Tensor) -> ResponseLogps:
+    return ResponseLogps(*logps.chunk(2), *tokens.chunk(2))
 
 
 class Reference:
@@ -88,7 +103,9 @@ class Reference:
         self.frozen_copy = frozen_copy
         if frozen_copy:
             backbone = copy.deepcopy(policy.backbone).requires_grad_(False)
-            policy = PersonalizedPolicy(backbone, policy.tokenizer).eval()
+            frozen = PersonalizedPolicy(backbone, policy.tokenizer).eval()
+            frozen.packing = policy.packing
+            policy = frozen
         self._policy = policy
 
     @contextmanager

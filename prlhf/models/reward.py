@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
 from prlhf.losses import response_token_counts
-from prlhf.models.backbone import input_embedding
+from prlhf.models.backbone import decoder, input_embedding
+from prlhf.models.packing import Pack, packed_call
 from prlhf.models.personalized import PersonalizedModel
 
 
@@ -37,26 +38,8 @@ class PersonalizedRewardModel(PersonalizedModel):
         _freeze_output_layer_(self.backbone)
 
     def sequence_scores(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> Tensor:
-        """Score of each sequence of a batch: (N,) float32.
-
-        Args:
-            batch: N sequences (2B of a pair batch), each with a labelled token.
-            user_ids: (N / k,) int64 for k stacked blocks of the same users; None: no soft prompt.
-        """
-        embeds = self.input_embeds(batch.input_ids, user_ids)
-        num_soft = embeds.shape[1] - batch.input_ids.shape[1]
-        hidden = _decoder(self.backbone)(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        labelled = (batch.labels != IGNORE_INDEX).long()
-        positions = torch.arange(labelled.shape[1], device=labelled.device)
-        last = (labelled * positions).argmax(dim=1) + num_soft
-        last_hidden = hidden[torch.arange(len(last), device=last.device), last]
-        # Differences between two responses are small beside the scores: no bfloat16 here.
-        with torch.autocast(last_hidden.device.type, enabled=False):
-            return self.score(last_hidden.float()).squeeze(1)
-
-    def sequence_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`sequence_scores`, and response tokens."""
-        return self.sequence_scores(batch, user_ids), response_token_counts(batch.labels)
+        """Score of each sequence of a batch: (N,) float32; see `sequence_values`."""
+        return self.sequence_values(batch, user_ids)[0]
 
     def scores(self, batch: PairBatch, user_ids: Tensor | None) -> ResponseScores:
         """Scores of both responses of each row.
@@ -67,10 +50,31 @@ class PersonalizedRewardModel(PersonalizedModel):
         """
         return ResponseScores(*self.sequence_scores(batch, user_ids).chunk(2))
 
+    def both_scores(self, batch: PairBatch) -> tuple[ResponseScores, ResponseScores]:
+        """`scores` as each row's user, and as the generic user."""
+        (individual, _), (generic, _) = self.both_terms(batch)
+        return ResponseScores(*individual.chunk(2)), ResponseScores(*generic.chunk(2))
 
-def _decoder(backbone: nn.Module) -> nn.Module:
-    """The backbone without its output layer: `base_model` of transformers' PreTrainedModel."""
-    return cast(Any, backbone).base_model
+    def padded_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A score is read at the last labelled position of its sequence."""
+        embeds = self.input_embeds(batch.input_ids, user_ids, batch.sequence_row_ids())
+        num_soft = embeds.shape[1] - batch.input_ids.shape[1]
+        hidden = decoder(self.backbone)(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        labelled = (batch.labels != IGNORE_INDEX).long()
+        positions = torch.arange(labelled.shape[1], device=labelled.device)
+        last = (labelled * positions).argmax(dim=1) + num_soft
+        scores = self._score(hidden[torch.arange(len(last), device=last.device), last])
+        return scores, response_token_counts(batch.labels)
+
+    def packed_values(self, pack: Pack, embeds: Tensor) -> Tensor:
+        """A score is read at the last position of its response."""
+        hidden = packed_call(decoder(self.backbone), embeds, pack, pack.position_ids).last_hidden_state[0]
+        return self._score(hidden[pack.last])
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        # Differences between two responses are small beside the scores: no bfloat16 here.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.score(hidden.float()).squeeze(1)
 
 
 def _freeze_output_layer_(backbone: nn.Module) -> None:
@@ -85,4 +89,4 @@ def _hidden_dim(backbone: nn.Module) -> int:
     """Width of the decoder's output (OPT may project it)."""
     device = next(backbone.parameters()).device
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    return _decoder(backbone)(input_ids=token, use_cache=False).last_hidden_state.shape[-1]
+    return decoder(backbone)(input_ids=token, use_cache=False).last_hidden_state.shape[-1]

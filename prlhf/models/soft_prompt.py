@@ -28,13 +28,11 @@ class SoftPromptAdapter(nn.Module):
 
         Args:
             token_embeds: (N, L, D) embeddings of [BOS] text.
-            soft_prompt: (N, T, D), or (N / k, T, D) for k stacked copies of the same users.
+            soft_prompt: (N, T, D).
         Returns: (N, L + T, D) in the dtype of `token_embeds`.
         """
-        copies = token_embeds.shape[0] // soft_prompt.shape[0]
-        soft_prompt = soft_prompt.to(token_embeds.dtype).repeat(copies, 1, 1)
         head, tail = token_embeds[:, : self.num_bos], token_embeds[:, self.num_bos :]
-        return torch.cat([head, soft_prompt, tail], dim=1)
+        return torch.cat([head, soft_prompt.to(token_embeds.dtype), tail], dim=1)
 
 
 @torch.no_grad()

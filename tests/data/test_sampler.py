@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prlhf.data.sampler import cut_microbatches, global_batch, num_steps_per_epoch, shard
+from prlhf.data.sampler import cut_microbatches, cut_packs, global_batch, num_steps_per_epoch, shard
 
 SIZES = {"num_rows": st.integers(1, 40), "batch_rows": st.integers(1, 12)}
 
@@ -54,3 +54,9 @@ def test_microbatches_hold_every_row_once_within_the_padded_budget(lengths: list
 def test_microbatches_are_as_full_as_the_budget_allows() -> None:
     lengths = {3: 30, 4: 40, 5: 50, 6: 10, 7: 10}
     assert cut_microbatches([3, 4, 5, 6, 7], lengths.__getitem__, 80) == [[5], [4, 3], [6, 7]]
+
+
+def test_packs_are_filled_in_order_up_to_the_limit():
+    lengths = {3: 4, 4: 6, 5: 1, 6: 30, 7: 9, 8: 1}
+    assert cut_packs([3, 4, 5, 6, 7, 8], lengths.__getitem__, 10) == [[3, 4], [5], [6], [7, 8]]
+    assert cut_packs([], lengths.__getitem__, 10) == []

@@ -34,6 +34,9 @@ class HandMadePolicy:
         personal = user_ids is None or bool(user_ids.any())
         return ResponseLogps(*(INDIVIDUAL if personal else GENERIC), torch.tensor([2, 2]), torch.tensor([1, 1]))
 
+    def both_logps(self, batch: Any) -> tuple[ResponseLogps, ResponseLogps]:
+        return self.logps(batch, batch.user_ids), self.logps(batch, torch.zeros_like(batch.user_ids))
+
     def sequence_logps(self, *args: Any) -> tuple[Tensor, Tensor]:
         assert args[-1] is None, "sft knows no user"
         return torch.tensor([-3.0, -8.0]), torch.tensor([2, 4])

@@ -50,13 +50,13 @@ def test_each_distinct_response_is_scored_once(tiny: Tiny, monkeypatch: pytest.M
     """ann and bob judge the same two answers about each thing."""
     job = build_job(tiny.config())
     scored = []
-    sequence_logps = PersonalizedPolicy.sequence_logps
+    packed_values = PersonalizedPolicy.packed_values
 
-    def counting(self: PersonalizedPolicy, batch: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        scored.append(len(batch.input_ids))
-        return sequence_logps(self, batch, *args)
+    def counting(self: PersonalizedPolicy, pack: Any, *args: Any) -> Tensor:
+        scored.append(len(pack.last))
+        return packed_values(self, pack, *args)
 
-    monkeypatch.setattr(PersonalizedPolicy, "sequence_logps", counting)
+    monkeypatch.setattr(PersonalizedPolicy, "packed_values", counting)
     table_of(job)
     assert sum(scored) == 2 * len(THINGS)
 
@@ -87,3 +87,19 @@ def test_the_stop_flag_is_looked_at_between_batches(tiny: Tiny) -> None:
 
     with pytest.raises(Stop):
         table_of(build_job(tiny.config()), on_batch=stop)
+
+
+def test_a_pair_and_its_prompt_are_computed_once_for_all_its_users(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = build_job(tiny.config())
+    lines = []
+    packed_values = PersonalizedPolicy.packed_values
+
+    def counting(self: PersonalizedPolicy, pack: Any, *args: Any) -> Tensor:
+        lines.append(len(pack.order))
+        return packed_values(self, pack, *args)
+
+    monkeypatch.setattr(PersonalizedPolicy, "packed_values", counting)
+    table_of(job)
+    prompts = {row.prompt_ids for row in job.rows}
+    responses = {(row.prompt_ids, ids) for row in job.rows for ids in (row.chosen_ids, row.rejected_ids)}
+    assert sum(lines) == sum(map(len, prompts)) + sum(len(ids) for _, ids in responses)

@@ -101,6 +101,8 @@ def nan_loss_(job: Job) -> None:
     sound = job.objective
 
     class Broken:
+        num_terms = sound.num_terms
+
         def __call__(self, policy: Any, batch: Any, reference: ReferenceLogps) -> RowLosses:
             return sound(policy, batch, ReferenceLogps(reference.chosen * float("nan"), reference.rejected))
 

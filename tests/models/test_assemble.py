@@ -101,6 +101,7 @@ def test_before_the_first_step_the_policy_is_the_backbone(kind, lora_rank, tmp_p
     backbone, _ = load_backbone(spec.backbone)
     batch = make_batch(policy)
     bare = PersonalizedPolicy(backbone, policy.tokenizer)
+    policy.packing = None
     assert torch.equal(policy.sequence_logps(batch, None)[0], bare.sequence_logps(batch, None)[0])
     assert policy.users.user_ids == (() if kind == "none" else tuple(USER_IDS))
     assert (policy.user_encoder is None) == (kind == "none")

@@ -1,0 +1,191 @@
+"""Attention over trees: the responses to one prompt share its computation and see nothing of each other.
+
+A pack is one line of N tokens, tree after tree; a tree is a prefix and the responses that follow it. The function here
+is registered with transformers' AttentionInterface, so a backbone reads packs without a line of its code being copied.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "prlhf_trees"
+# Of torch's CPU kernel: they return the log-sum-exp, which merges two calls into one softmax. Private, so looked for.
+_FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Lengths of the trees of a pack, in order; a tree has at least one response.
+
+    Args:
+        prefixes: tokens of each tree's prefix, soft prompt included; may be 0.
+        responses: tokens of each response of each tree, all above 0.
+    """
+
+    prefixes: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def spans(self) -> list[tuple[Span, list[Span]]]:
+        """(start, end) of each tree's prefix and of its responses on the line."""
+        spans, start = [], 0
+        for prefix, responses in zip(self.prefixes, self.responses, strict=True):
+            end = start + prefix
+            parts = []
+            for length in responses:
+                parts.append((end, end + length))
+                end += length
+            spans.append(((start, start + prefix), parts))
+            start = end
+        return spans
+
+    @property
+    def longest_path(self) -> int:
+        """Most tokens that one response and its prefix have together."""
+        return max(prefix + max(responses) for prefix, responses in zip(self.prefixes, self.responses, strict=True))
+
+
+def tree_attention(query: Tensor, key: Tensor, value: Tensor, trees: Trees, scale: float) -> Tensor:
+    """Causal attention in which a response sees its tree's prefix and itself.
+
+    Args:
+        query: (1, H, N, E).
+        key: (1, H, N, E).
+        value: (1, H, N, E).
+        trees: of N tokens.
+        scale: of the products before the softmax.
+    Returns: (1, N, H, E), in autocast's type where that is on.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.device.type == "cpu" and _FLASH is not None and _FLASH_BACKWARD is not None:
+        return _FlashTrees.apply(query, key, value, trees, scale)
+    return masked_tree_attention(query, key, value, trees, scale)
+
+
+def masked_tree_attention(query: Tensor, key: Tensor, value: Tensor, trees: Trees, scale: float) -> Tensor:
+    """As `tree_attention`, by a dense mask of each tree: for every device, and the oracle of the faster way."""
+    outputs = []
+    for (start, _), responses in trees.spans:
+        last = responses[-1][1]
+        length = last - start
+        # 0 in the prefix, 1, 2, ... in the responses.
+        part = torch.zeros(length, dtype=torch.int64, device=query.device)
+        for number, span in enumerate(responses, 1):
+            part[span[0] - start : span[1] - start] = number
+        order = torch.arange(length, device=query.device)
+        mask = (order[:, None] >= order) & ((part == 0) | (part[:, None] == part))
+        q, k, v = (x[:, :, start:last] for x in (query, key, value))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+class _FlashTrees(torch.autograd.Function):
+    """Three mask-free calls for a response beside the first: on itself, on its prefix, merged by log-sum-exp.
+
+    The first response goes on causally after the prefix in one call. In backward the merged output and log-sum-exp
+    stand in for those of the parts: the kernel then weighs each part's scores as the whole softmax did.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, trees: Trees, scale: float) -> Tensor:
+        assert _FLASH is not None
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        output = out.transpose(1, 2)
+        lse = torch.empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
+        for (start, end), responses in trees.spans:
+            first = slice(start, responses[0][1])
+            output[:, :, first], lse[:, :, first] = _attend(query, key, value, first, first, True, scale)
+            for span in responses[1:]:
+                own, prefix = slice(*span), slice(start, end)
+                part, part_lse = _attend(query, key, value, own, own, True, scale)
+                if end > start:
+                    other, other_lse = _attend(query, key, value, own, prefix, False, scale)
+                    merged = torch.logaddexp(part_lse, other_lse)
+                    part = part * (part_lse - merged).exp().unsqueeze(-1) + other * (
+                        other_lse - merged
+                    ).exp().unsqueeze(-1)
+                    part_lse = merged
+                output[:, :, own], lse[:, :, own] = part, part_lse
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.trees, ctx.scale = trees, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        grad, output = grads[0].transpose(1, 2), out.transpose(1, 2)
+        # Laid out as the projections made them.
+        d_query, d_key, d_value = (
+            torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+            for x in (query, key, value)
+        )
+
+        def back(rows: slice, columns: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+            assert _FLASH_BACKWARD is not None
+            q, k, v = query[:, :, rows], key[:, :, columns], value[:, :, columns]
+            parts = (output[:, :, rows], lse[:, :, rows])
+            return _FLASH_BACKWARD(grad[:, :, rows], q, k, v, *parts, 0.0, causal, scale=ctx.scale)
+
+        for (start, end), responses in ctx.trees.spans:
+            first, prefix = slice(start, responses[0][1]), slice(start, end)
+            d_query[:, :, first], d_key[:, :, first], d_value[:, :, first] = back(first, first, True)
+            for span in responses[1:]:
+                own = slice(*span)
+                d_query[:, :, own], d_key[:, :, own], d_value[:, :, own] = back(own, own, True)
+                if end > start:
+                    dq, dk, dv = back(own, prefix, False)
+                    d_query[:, :, own] += dq
+                    d_key[:, :, prefix] += dk
+                    d_value[:, :, prefix] += dv
+        return d_query, d_key, d_value, None, None
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, rows: slice, columns: slice, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    assert _FLASH is not None
+    return _FLASH(query[:, :, rows], key[:, :, columns], value[:, :, columns], 0.0, causal, scale=scale)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    trees: Trees | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: trees where the caller gave some, scaled dot products otherwise."""
+    if trees is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    window = kwargs.pop("sliding_window", None)
+    unknown = sorted(k for k in _CHANGES_SCORES if kwargs.get(k) is not None)
+    if unknown or (window is not None and trees.longest_path > window):
+        raise ValueError(f"tree attention cannot serve {', '.join(unknown) or 'a sliding window'}")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    return tree_attention(query, key, value, trees, scale), None
+
+
+_CHANGES_SCORES = ("softcap", "s_aux", "position_bias", "head_mask")
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,73 @@
+"""Log-probs under a linear layer, against torch's own softmax over all logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from prlhf.losses import linear_token_logps
+
+NUM_TOKENS, DIM, VOCAB = 11, 5, 7
+
+
+def _inputs(dtype: torch.dtype = torch.float64, *, bias: bool = True) -> tuple:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, DIM, generator=generator, dtype=dtype) for n in (NUM_TOKENS, VOCAB))
+    targets = torch.randint(VOCAB, (NUM_TOKENS,), generator=generator)
+    return hidden, weight, torch.randn(VOCAB, generator=generator, dtype=dtype) if bias else None, targets
+
+
+def test_equal_logits_give_each_token_its_share():
+    logps = linear_token_logps(torch.ones(3, DIM), torch.zeros(VOCAB, DIM), None, torch.tensor([0, 3, 6]))
+    assert logps.tolist() == pytest.approx([-1.9459101] * 3, abs=1e-6)  # ln 7
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 3 * VOCAB, 10**6], ids=["one token", "ragged chunks", "one chunk"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_are_those_of_log_softmax_however_it_is_cut(chunk_logits, bias):
+    hidden, weight, offset, targets = _inputs(bias=bias)
+    leaves = [x.requires_grad_() for x in (hidden, weight, offset) if x is not None]
+    upstream = torch.arange(1.0, NUM_TOKENS + 1, dtype=torch.float64)
+    logps = linear_token_logps(hidden, weight, offset, targets, chunk_logits=chunk_logits)
+    expected = F.linear(hidden, weight, offset).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad((logps * upstream).sum(), leaves)
+    expected_gradients = torch.autograd.grad((expected * upstream).sum(), leaves)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-11, atol=1e-11)
+
+
+def test_gradcheck():
+    hidden, weight, bias, targets = _inputs()
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_token_logps(h, w, b, targets, chunk_logits=21), leaves)
+
+
+def test_a_frozen_layer_gets_no_gradient_and_still_passes_one_on():
+    hidden, weight, _, targets = _inputs()
+    linear_token_logps(hidden.requires_grad_(), weight, None, targets).sum().backward()
+    assert weight.grad is None and (hidden.grad != 0).all()
+
+
+def test_a_frozen_hidden_state_leaves_the_layer_its_gradient():
+    hidden, weight, _, targets = _inputs()
+    linear_token_logps(hidden, weight.requires_grad_(), None, targets).sum().backward()
+    expected = F.one_hot(targets, VOCAB).double().T @ hidden - (hidden @ weight.detach().T).softmax(-1).T @ hidden
+    torch.testing.assert_close(weight.grad, expected)
+
+
+def test_logits_of_a_thousand_do_not_overflow():
+    logps = linear_token_logps(torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]]), None, torch.tensor([1]))
+    assert logps.tolist() == [-2000.0]
+
+
+def test_under_autocast_matmuls_are_bfloat16_and_sums_float32():
+    hidden, weight, _, targets = _inputs(torch.float32)
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps = linear_token_logps(hidden, weight, None, targets)
+    expected = (hidden.detach().bfloat16() @ weight.bfloat16().T).float().log_softmax(-1)
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps, expected.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-5)
+    logps.sum().backward()
+    assert hidden.grad.dtype == torch.float32

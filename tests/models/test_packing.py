@@ -1,0 +1,193 @@
+"""Packed rows give what padded rows give, in every family that can read them, and the others say so."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from prlhf.data.collate import ResponseTree, collate_responses, collate_trees
+from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
+from prlhf.models.packing import Packing, Term, make_pack, set_up_packing_
+from prlhf.models.policy import PersonalizedPolicy
+from prlhf.models.reward import PersonalizedRewardModel
+from tests.families import FAMILIES
+from tests.policies import NUM_USER_TOKENS, make_batch, make_row, make_rows, randomize_, tiny_policy
+
+PER_TOKEN = 1e-5  # nats; float32 sums in another order
+PADDED_FAMILIES = {"gemma2": "softcap", "gptj": "off by"}
+PACKED_FAMILIES = [family for family in FAMILIES if family not in PADDED_FAMILIES]
+
+
+def _packed_policy(family: str = "llama", *, linear_head: bool | None = None, **options) -> PersonalizedPolicy:
+    policy = tiny_policy(family, **options)
+    packing = set_up_packing_(policy.backbone)
+    assert isinstance(packing, Packing)
+    # Rows longer than the window are another test's.
+    changes = {"window": None} if packing.window is None or packing.window > 100 else {}
+    policy.packing = dataclasses.replace(
+        packing, **changes, linear_head=packing.linear_head if linear_head is None else linear_head
+    )
+    return policy
+
+
+def _short_rows(policy: PersonalizedPolicy) -> list[TokenizedPair]:
+    """Within the 16 positions of the tiny Gemma's window, soft prompt and BOS included."""
+    lengths = [(4, 3, 8), (6, 5, 2), (3, 1, 5), (2, 9, 7)]
+    return [make_row(policy, i, user_id=user, lengths=lengths[i]) for i, user in enumerate((1, 0, 2, 1))]
+
+
+def _rows(policy: PersonalizedPolicy, family: str) -> list[TokenizedPair]:
+    return _short_rows(policy) if family == "gemma3_text" else make_rows(policy)
+
+
+def _both(policy: PersonalizedPolicy, batch) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Both terms, packed and padded."""
+    generic = torch.zeros_like(batch.user_ids)
+    return policy.both_terms(batch), [policy.padded_values(batch, ids) for ids in (batch.user_ids, generic)]
+
+
+def _gradient(policy: PersonalizedPolicy, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """All trained tensors' gradients in one vector, of a loss that weighs every sequence differently."""
+    loss = sum((values * torch.linspace(1, 2, len(values))).sum() for values, _ in terms)
+    gradients = torch.autograd.grad(loss, list(policy.trainable().values()), allow_unused=True)
+    return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+
+
+@pytest.mark.parametrize("linear_head", [None, False], ids=["own head", "logits"])
+@pytest.mark.parametrize("family", PACKED_FAMILIES)
+def test_packed_log_probs_and_gradients_are_those_of_padded_rows(family, linear_head):
+    policy = _packed_policy(family, linear_head=linear_head)
+    packed, padded = _both(policy, make_batch(policy, _rows(policy, family)))
+    for (values, tokens), (expected, expected_tokens) in zip(packed, padded, strict=True):
+        assert torch.equal(tokens, expected_tokens)
+        assert ((values - expected).abs() / tokens).max() < PER_TOKEN
+    gradient, reference = _gradient(policy, packed), _gradient(policy, padded)
+    assert (gradient - reference).norm() < 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize("family", PADDED_FAMILIES)
+def test_a_family_that_cannot_read_packs_says_why_and_stays_as_it_was(family):
+    policy = tiny_policy(family)
+    before = policy.backbone.config._attn_implementation
+    batch = make_batch(policy)
+    expected, _ = policy.padded_values(batch, None)
+    assert PADDED_FAMILIES[family] in set_up_packing_(policy.backbone)
+    assert policy.backbone.config._attn_implementation == before
+    assert torch.equal(policy.padded_values(batch, None)[0], expected)
+
+
+def test_rows_longer_than_a_sliding_window_are_padded_and_right(monkeypatch):
+    policy = _packed_policy("gemma3_text")
+    assert policy.packing.window == 16
+    batch = make_batch(policy)
+    monkeypatch.setattr(policy, "packed_values", lambda *_: pytest.fail("packed in spite of the window"))
+    expected, _ = policy.padded_values(batch, batch.user_ids)
+    assert torch.equal(policy.sequence_logps(batch, batch.user_ids)[0], expected)
+
+
+@pytest.mark.parametrize("variant", ["plain", "no_bos"])
+@pytest.mark.parametrize("users", [True, False])
+def test_running_text_without_a_prompt_is_scored_as_in_padded_rows(variant, users):
+    policy = _packed_policy(variant=variant)
+    bos = () if variant == "no_bos" else (0,)
+    batch = collate_responses([TokenizedResponse(i, i, bos, tuple(range(5, 9 + i))) for i in range(3)], pad_id=2)
+    user_ids = batch.user_ids if users else None
+    values, tokens = policy.sequence_logps(batch, user_ids)
+    expected, expected_tokens = policy.padded_values(batch, user_ids)
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-4)
+
+
+def test_trees_with_any_number_of_responses_are_scored_as_padded_rows():
+    policy = _packed_policy()
+    trees = [
+        ResponseTree(0, 2, (0, 5, 6), ((7, 8, 1), (9, 1), (7, 8, 1))),
+        ResponseTree(1, 0, (0, 5, 6), ((10, 1),)),
+    ]
+    batch = collate_trees(trees, pad_id=2)
+    values, tokens = policy.sequence_logps(batch, batch.user_ids)
+    expected, _ = policy.padded_values(batch, batch.user_ids)
+    assert tokens.tolist() == [3, 2, 3, 2] and values[0] == values[2]
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
+
+
+def test_no_gradient_flows_from_one_row_into_the_soft_prompt_of_another():
+    policy = _packed_policy()
+    rows = [make_row(policy, 0, user_id=1, lengths=(4, 6, 3)), make_row(policy, 1, user_id=2, lengths=(9, 2, 30))]
+    batch = make_batch(policy, rows)
+    policy.logps(batch, batch.user_ids).chosen[0].backward()
+    gradient = policy.user_encoder.offsets.grad
+    assert (gradient[0] != 0).all(dim=-1).all()
+    assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
+
+
+def test_the_generic_tree_of_a_pair_that_several_users_judged_is_computed_once():
+    policy = _packed_policy()
+    pair = make_row(policy, 0, user_id=1, lengths=(4, 6, 3))
+    opposed = TokenizedPair(1, 2, pair.prompt_ids, pair.rejected_ids, pair.chosen_ids)
+    other = make_row(policy, 2, user_id=1, lengths=(5, 2, 7))
+    batch = make_batch(policy, [pair, opposed, other])
+    generic = torch.zeros_like(batch.user_ids)
+    terms = [Term(batch.user_ids, shared=False), Term(generic, shared=True)]
+    pack = make_pack(batch, terms, num_soft=NUM_USER_TOKENS, num_bos=1)
+    # BOS and soft prompt come on top of the prompts of 4, 4, 5 and of 4, 5 tokens.
+    assert pack.trees.prefixes == (8, 8, 9, 8, 9)
+    assert pack.trees.responses == ((6, 3), (3, 6), (2, 7), (6, 3), (2, 7))
+    packed, padded = _both(policy, batch)
+    torch.testing.assert_close(packed[1][0], padded[1][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(_gradient(policy, packed), _gradient(policy, padded), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pack_holds_each_token_once_and_no_pad():
+    policy = _packed_policy()
+    rows = make_rows(policy)
+    pack = make_pack(make_batch(policy, rows), [Term(None, shared=True)], num_soft=NUM_USER_TOKENS, num_bos=1)
+    expected = [token for row in rows for token in row.prompt_ids + row.chosen_ids + row.rejected_ids]
+    assert pack.token_ids.tolist() == expected and len(pack.order) == len(expected)
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_gradient_checkpointing_recomputes_over_the_same_trees(lora):
+    policy = _packed_policy(lora=lora)
+    randomize_(policy.user_encoder, scale=0.1)
+    batch = make_batch(policy)
+    expected = _gradient(policy, policy.both_terms(batch))
+    policy.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train()
+    gradient = _gradient(policy, policy.both_terms(batch))
+    assert (gradient - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_under_bfloat16_autocast_packed_rows_stay_close_to_float32():
+    policy = _packed_policy()
+    batch = make_batch(policy)
+    expected, tokens = policy.sequence_logps(batch, batch.user_ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values, _ = policy.sequence_logps(batch, batch.user_ids)
+    assert values.dtype == torch.float32
+    assert 0 < ((values - expected).abs() / tokens).max() < 2e-2
+
+
+def test_the_reference_reads_packs_with_adapters_off():
+    policy = _packed_policy(lora=True)
+    batch = make_batch(policy)
+    bare, _ = policy.sequence_logps(batch, None)
+    randomize_(policy, scale=0.1)
+    assert torch.equal(policy.reference.sequence_logps(batch)[0], bare)
+    assert not torch.allclose(policy.sequence_logps(batch, None)[0], bare, atol=1e-2)
+
+
+def test_rewards_of_packed_rows_are_those_of_padded_rows():
+    policy = _packed_policy()
+    model = PersonalizedRewardModel(
+        policy.backbone, policy.tokenizer, user_encoder=policy.user_encoder, users=policy.users
+    )
+    model.packing = policy.packing
+    randomize_(model.score, scale=1.0)
+    batch = make_batch(policy)
+    for packed, padded in zip(*_both(model, batch), strict=True):
+        torch.testing.assert_close(packed[0], padded[0], rtol=1e-5, atol=1e-5)
+        assert torch.equal(packed[1], padded[1])
