@@ -23,9 +23,19 @@ def global_batch(step: int, *, num_rows: int, batch_rows: int, seed: int) -> lis
     Args:
         step: 0-based, over all epochs.
     """
-    epoch, position = divmod(step, num_steps_per_epoch(num_rows, batch_rows))
-    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
-    return order[position * batch_rows : (position + 1) * batch_rows].tolist()
+    return rows_of_steps(step, step + 1, num_rows=num_rows, batch_rows=batch_rows, seed=seed)
+
+
+def rows_of_steps(start: int, stop: int, *, num_rows: int, batch_rows: int, seed: int) -> list[int]:
+    """Rows of the steps from `start` up to `stop`, in order; one that several epochs show comes as often."""
+    steps_per_epoch = num_steps_per_epoch(num_rows, batch_rows)
+    rows: list[int] = []
+    for epoch in range(start // steps_per_epoch, -(-stop // steps_per_epoch)):
+        first = max(start - epoch * steps_per_epoch, 0)
+        last = min(stop - epoch * steps_per_epoch, steps_per_epoch)
+        order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+        rows += order[first * batch_rows : last * batch_rows].tolist()
+    return rows
 
 
 def shard(indices: Sequence[T], rank: int, world_size: int) -> list[T]:

@@ -77,6 +77,6 @@ def compute_reference_table(
             policy, rows, None, pad_id=pad_id, microbatch_tokens=microbatch_tokens, on_batch=on_batch
         )
     logger.info("reference: log-probs of %d rows computed once", len(rows))
-    table = torch.full((max(row.row for row in rows) + 1, 2), float("nan"))
-    table[torch.tensor([row.row for row in rows])] = logps
+    table = torch.full((max((row.row for row in rows), default=-1) + 1, 2), float("nan"))
+    table[torch.tensor([row.row for row in rows], dtype=torch.int64)] = logps
     return ReferenceTable(table[:, 0], table[:, 1])

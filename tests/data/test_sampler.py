@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prlhf.data.sampler import cut_microbatches, cut_packs, global_batch, num_steps_per_epoch, shard
+from prlhf.data.sampler import cut_microbatches, cut_packs, global_batch, num_steps_per_epoch, rows_of_steps, shard
 
 SIZES = {"num_rows": st.integers(1, 40), "batch_rows": st.integers(1, 12)}
 
@@ -60,3 +60,10 @@ def test_packs_are_filled_in_order_up_to_the_limit():
     lengths = {3: 4, 4: 6, 5: 1, 6: 30, 7: 9, 8: 1}
     assert cut_packs([3, 4, 5, 6, 7, 8], lengths.__getitem__, 10) == [[3, 4], [5], [6], [7, 8]]
     assert cut_packs([], lengths.__getitem__, 10) == []
+
+
+@given(**SIZES, start=st.integers(0, 30), count=st.integers(0, 30))
+def test_rows_of_steps_are_those_of_each_step(num_rows: int, batch_rows: int, start: int, count: int) -> None:
+    sizes = {"num_rows": num_rows, "batch_rows": batch_rows, "seed": 5}
+    one_by_one = [row for step in range(start, start + count) for row in global_batch(step, **sizes)]
+    assert rows_of_steps(start, start + count, **sizes) == one_by_one

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from prlhf.data.collate import collate_pairs
+from prlhf.data.sampler import rows_of_steps
 from prlhf.data.tokenize import TokenizedPair
+from prlhf.engine import trainer
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.reference import LiveReference, ReferenceTable, compute_reference_table
 from prlhf.engine.trainer import train
@@ -69,6 +71,28 @@ def test_rows_are_found_by_their_id_not_their_place(tiny: Tiny) -> None:
     batch = collate_pairs([kept[5], kept[0], kept[2]], job.pad_id)
     torch.testing.assert_close(table(batch).chosen, full(batch).chosen, rtol=0, atol=1e-4)
     torch.testing.assert_close(table(batch).rejected, full(batch).rejected, rtol=0, atol=1e-4)
+
+
+def test_only_rows_that_steps_will_show_are_scored(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = []
+    compute = trainer.compute_reference_table
+
+    def counting(reference: Any, rows: list[TokenizedPair], **options: Any) -> Any:
+        scored.append({row.row for row in rows})
+        return compute(reference, rows, **options)
+
+    monkeypatch.setattr(trainer, "compute_reference_table", counting)
+    config = tiny.config(train__max_steps=2)
+    num_rows = len(build_job(config).rows)
+    train(config, tmp_path / "run")
+    shown = rows_of_steps(0, 2, num_rows=num_rows, batch_rows=config.train.batch_rows, seed=config.seed)
+    assert scored == [set(shown)] and len(shown) < num_rows
+    train(tiny.config(train__max_steps=40), tmp_path / "run")
+    assert scored[1] == set(range(num_rows))
+
+
+def test_a_table_of_no_rows_is_empty(tiny: Tiny) -> None:
+    assert table_of(build_job(tiny.config()), []).chosen.shape == (0,)
 
 
 def test_a_dropped_row_has_no_log_prob(tiny: Tiny) -> None:
