@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,20 +13,62 @@ from torch import Tensor, nn
 from prlhf.distributed import world_size
 
 BUCKET_ELEMENTS = 16 * 2**20
+ROW_TABLES = ("user_encoder.offsets", "user_encoder.weights")  # a row a user
+
+
+class RowLazyAdamW(torch.optim.AdamW):
+    """AdamW, whose groups marked `by_row` hold tables of which a step moves only the rows that have a gradient.
+
+    Under plain AdamW the momentum of a user's last row would go on moving that user in later steps. Each row counts
+    its own steps for the bias correction, so a user's first step is a first step whenever it comes.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step; no closure."""
+        tables = [
+            (parameter, parameter.grad, group)
+            for group in self.param_groups
+            if group["by_row"]
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        for table, _, _ in tables:
+            table.grad = None
+        super().step()
+        for table, grad, group in tables:
+            table.grad = grad
+            self._step_rows_(table, grad, group)
+
+    def _step_rows_(self, table: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[table]
+        if not state:
+            state["step"] = torch.zeros(len(table), device=table.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
+        rows = grad.flatten(1).ne(0).any(dim=1).nonzero()[:, 0]
+        beta1, beta2 = group["betas"]
+        grad = grad[rows]
+        state["step"][rows] += 1
+        mean = state["exp_avg"][rows].lerp(grad, 1 - beta1)
+        square = state["exp_avg_sq"][rows].lerp(grad.square(), 1 - beta2)
+        state["exp_avg"][rows], state["exp_avg_sq"][rows] = mean, square
+        steps = state["step"][rows].view(-1, *[1] * (grad.dim() - 1))
+        mean, square = mean / (1 - beta1**steps), square / (1 - beta2**steps)
+        table.index_add_(0, rows, -group["lr"] * mean / (square.sqrt() + group["eps"]))
 
 
 def make_optimizer(
     parameters: dict[str, nn.Parameter], *, lr: float, user_lr: float, cluster_lr: float, weight_decay: float
-) -> torch.optim.AdamW:
-    """Fused AdamW with three groups: the model, the users' soft prompts, their weights of shared ones.
+) -> RowLazyAdamW:
+    """Fused AdamW in groups: the model, what users share, their own soft prompts, their weights of shared ones.
 
     Weight decay applies to the model alone: it would pull users towards a zero prompt, which is not the generic user.
     """
-    groups: dict[str, list[nn.Parameter]] = {"model": [], "users": [], "cluster_weights": []}
+    groups: dict[str, list[nn.Parameter]] = {"model": [], "users": [], "user_rows": [], "cluster_weights": []}
     for name, parameter in parameters.items():
         groups[_group_of(name)].append(parameter)
-    rates = {"model": lr, "users": user_lr, "cluster_weights": cluster_lr}
-    return torch.optim.AdamW(
+    rates = {"model": lr, "users": user_lr, "user_rows": user_lr, "cluster_weights": cluster_lr}
+    return RowLazyAdamW(
         [
             {
                 "params": members,
@@ -33,6 +76,7 @@ def make_optimizer(
                 "lr": rates[name],
                 "base_lr": rates[name],
                 "weight_decay": weight_decay if name == "model" else 0.0,
+                "by_row": name in ("user_rows", "cluster_weights"),
             }
             for name, members in groups.items()
             if members
@@ -44,6 +88,8 @@ def make_optimizer(
 def _group_of(name: str) -> str:
     if name == "user_encoder.weights":
         return "cluster_weights"
+    if name in ROW_TABLES:
+        return "user_rows"
     return "users" if name.startswith("user_encoder.") else "model"
 
 

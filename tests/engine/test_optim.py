@@ -23,7 +23,7 @@ def groups_of(optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float,
     ("kind", "expected"),
     [
         # 7 linear layers in each of 2 blocks, A and B each
-        ("individual", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 2)}),
+        ("individual", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1), "user_rows": (0.02, 0.0, 1)}),
         ("uniform", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1)}),
         ("cluster", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1), "cluster_weights": (0.03, 0.0, 1)}),
     ],
@@ -44,6 +44,59 @@ def test_each_part_has_its_rate_and_only_the_model_decays(
 def test_full_fine_tuning_without_users_is_one_group_of_the_whole_backbone(tiny: Tiny, method: str) -> None:
     job = build_job(tiny.config(method=method, model__lora=None))
     assert groups_of(job.optimizer) == {"model": (0.01, 0.0, len(list(job.model.backbone.parameters())))}
+
+
+def _table_optimizer(num_users: int = 3) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    table = nn.Parameter(torch.arange(num_users * 4.0).view(num_users, 2, 2))
+    parameters = {"user_encoder.offsets": table, "w": nn.Parameter(torch.ones(2))}
+    optimizer = make_optimizer(parameters, lr=0.1, user_lr=0.1, cluster_lr=0.1, weight_decay=0.0)
+    return table, optimizer
+
+
+def _gradient(step: int, rows: list[int]) -> torch.Tensor:
+    gradient = torch.zeros(3, 2, 2)
+    for row in rows:
+        gradient[row] = torch.randn(2, 2, generator=torch.Generator().manual_seed(10 * step + row))
+    return gradient
+
+
+def test_users_without_a_row_in_the_step_stay_bitwise_where_they_were() -> None:
+    table, optimizer = _table_optimizer()
+    table.grad = _gradient(0, [0, 1, 2])
+    optimizer.step()
+    before = table.detach().clone()
+    moments = {slot: value.clone() for slot, value in optimizer.state[table].items()}
+    for step in range(1, 6):
+        table.grad = _gradient(step, [1])
+        optimizer.step()
+    for tensor, start in [(table, before), *((optimizer.state[table][slot], moments[slot]) for slot in moments)]:
+        assert torch.equal(tensor[[0, 2]], start[[0, 2]])
+        assert not torch.equal(tensor[1], start[1])
+
+
+def test_a_user_in_every_step_moves_as_under_plain_adamw() -> None:
+    table, optimizer = _table_optimizer()
+    plain = nn.Parameter(table.detach().clone())
+    expected = torch.optim.AdamW([plain], lr=0.1, weight_decay=0.0)
+    for step in range(7):
+        table.grad = _gradient(step, [0, 1] if step % 2 else [0])
+        plain.grad = _gradient(step, [0])
+        optimizer.step()
+        expected.step()
+    torch.testing.assert_close(table[0], plain[0], rtol=1e-5, atol=1e-5)  # fused float32 steps of 0.1
+
+
+def test_a_late_users_first_step_is_as_long_as_an_early_ones() -> None:
+    """Adam's first step is the rate times the gradient's sign."""
+    table, optimizer = _table_optimizer()
+    before = table.detach().clone()
+    for step in range(20):
+        table.grad = _gradient(step, [0])
+        optimizer.step()
+    table.grad = _gradient(20, [2])
+    optimizer.step()
+    expected = before[2] - 0.1 * _gradient(20, [2])[2].sign()
+    torch.testing.assert_close(table.detach()[2], expected, rtol=0, atol=1e-6)
 
 
 def test_schedule_moves_every_group_by_the_same_factor() -> None:
