@@ -77,13 +77,13 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
             logger.info("%s is finished; nothing to do. To train anew choose another name=", run_dir)
             return load_final(run_dir)
         job = build_job(config)
+        reference_of = _make_reference(job, stop)
         progress = Progress()
         if checkpoint is not None:
             progress = load_checkpoint_(
                 checkpoint, job.model, job.optimizer, spec=job.spec, data_sha256=job.data_sha256
             )
             logger.info("resumed from %s at step %d", checkpoint, progress.step)
-        reference_of = _make_reference(job, progress.step, stop)
         lock.start(dump_config(config), step=progress.step)
         if is_main():
             remove_stale_temporaries(run_dir)
@@ -184,18 +184,18 @@ def _count_(progress: Progress, result: StepResult, num_rows: int, seconds: floa
         )
 
 
-def _make_reference(job: Job, first_step: int, stop: StopFlag) -> Callable[[Batch], Any]:
-    """Reference log-probs of the rows that are still to be trained on."""
+def _make_reference(job: Job, stop: StopFlag) -> Callable[[Batch], Any]:
+    """Reference log-probs of the rows that the run trains on.
+
+    Of all of them after a resume too: what stands beside a row changes its last bits, and a resume is bitwise.
+    """
     if job.reference is None:
         return no_reference
     if job.config.model.reference == "live":
         return LiveReference(job.reference)
     num_rows, batch_rows = len(job.rows), job.config.train.batch_rows
-    # Two epochs from any step on hold a whole one, which shows every row.
-    last_step = min(job.max_steps, first_step + 2 * num_steps_per_epoch(num_rows, batch_rows))
-    needed = set(
-        rows_of_steps(first_step, last_step, num_rows=num_rows, batch_rows=batch_rows, seed=job.config.seed)
-    )
+    num_steps = min(job.max_steps, num_steps_per_epoch(num_rows, batch_rows))  # an epoch shows every row
+    needed = set(rows_of_steps(0, num_steps, num_rows=num_rows, batch_rows=batch_rows, seed=job.config.seed))
     return compute_reference_table(
         job.reference,
         [row for i, row in enumerate(job.rows) if i in needed and isinstance(row, TokenizedPair)],
