@@ -153,10 +153,11 @@ _AT_LEAST_ONE: _Limit = (lambda value: value >= 1, "1 or more")
 _SHARE: _Limit = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _SHARE_BELOW_ONE: _Limit = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 PERSONAL_METHODS = ("pdpo", "prm")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME_RULE = "up to 100 letters, digits, '.', '_' or '-', no '.' first"
 
 _LIMITS: dict[str, _Limit] = {
-    "name": (lambda value: bool(_NAME.fullmatch(value)), "up to 100 letters, digits, '.', '_' or '-', no '.' first"),
+    "name": (lambda value: bool(NAME.fullmatch(value)), NAME_RULE),
     "seed": _NOT_NEGATIVE,
     "data.source": (bool, "builtin:NAME, a directory or a .jsonl file"),
     "data.max_tokens": _AT_LEAST_ONE,
@@ -208,7 +209,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises: ConfigError: one message for each wrong key, value or combination.
     """
     where = str(path)
-    data = load_yaml(_read_text(Path(path)), where)
+    data = load_yaml(read_text(Path(path)), where)
     problems: list[Problem] = []
     origins: dict[str, str] = {}
     if isinstance(data, dict):
@@ -254,7 +255,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a YAML file, as much of it as any configuration needs.
+
+    Raises: ConfigError: missing, unreadable, or not UTF-8.
+    """
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1).decode("utf-8")

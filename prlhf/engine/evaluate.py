@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from prlhf.config import Config, config_from_dict, config_to_dict, load_config
 from prlhf.data.records import Message, PreferenceData
 from prlhf.engine.build import load_job_data, make_autocast, pick_device
 from prlhf.engine.checkpoint import CONFIG
+from prlhf.engine.child import SignalRelay, is_finished, train_in_child
 from prlhf.engine.final import Evaluator, evaluate_preferences
 from prlhf.errors import ConfigError, DataError
 from prlhf.evaluation.judges import RuleJudge
@@ -107,12 +106,13 @@ def _known_rows(data: PreferenceData, known: tuple[str, ...] | None) -> Preferen
 def compare_runs(targets: Sequence[str], overrides: Sequence[str], *, runs: Path) -> str:
     """Tables over runs; a target that is a YAML file is trained first unless it is finished.
 
-    Raises: DataError: a run without final evaluation. ConfigError: a training run failed.
+    Raises: DataError: a run without final evaluation. ConfigError: a training run failed. Preempted: a signal came.
     """
-    folders = [
-        _train_if_needed(target, overrides, runs) if target.endswith((".yaml", ".yml")) else Path(target)
-        for target in targets
-    ]
+    with SignalRelay() as relay:
+        folders = [
+            _train_if_needed(target, overrides, runs, relay) if target.endswith((".yaml", ".yml")) else Path(target)
+            for target in targets
+        ]
     names = [folder.name for folder in folders]
     named = {str(folder) if names.count(folder.name) > 1 else folder.name: folder for folder in folders}
     finals = {name: load_final(folder) for name, folder in named.items()}
@@ -124,13 +124,13 @@ def compare_runs(targets: Sequence[str], overrides: Sequence[str], *, runs: Path
     return format_comparison(finals) + "\n" + _format_win_rates(named, finals)
 
 
-def _train_if_needed(target: str, overrides: Sequence[str], runs: Path) -> Path:
+def _train_if_needed(target: str, overrides: Sequence[str], runs: Path, relay: SignalRelay) -> Path:
     config = load_config(target, overrides)
-    command = [sys.executable, "-m", "prlhf", "train", target, *overrides, "--runs", str(runs)]
-    code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+    run_dir = runs / config.name
+    code = 0 if is_finished(config, run_dir) else train_in_child(target, overrides, runs, relay)
     if code != 0:
         raise ConfigError(f"{target}: training ended with exit code {code}; see the messages above")
-    return runs / config.name
+    return run_dir
 
 
 def _format_win_rates(folders: dict[str, Path], finals: dict[str, dict[str, Any]]) -> str:
