@@ -110,7 +110,8 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation; `every_steps: 0` leaves the final one, whose `generate` is held-out prompts a user (0: none).
 
-    `rows` caps the evaluations during training.
+    `rows` caps the evaluations during training. `neutral` is a file of texts that no user judges, one a line (or .jsonl
+    with "text"), for the personalization tax; built-in data has its own.
     """
 
     every_steps: int = 0
@@ -120,6 +121,7 @@ class EvalConfig:
     top_p: float = 1.0
     max_new_tokens: int = 160
     batch_rows: int = 32
+    neutral: str | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,7 @@ _LIMITS: dict[str, _Limit] = {
     "eval.top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     "eval.max_new_tokens": _AT_LEAST_ONE,
     "eval.batch_rows": _AT_LEAST_ONE,
+    "eval.neutral": (bool, "a file of texts"),
     "checkpoint.every_steps": _NOT_NEGATIVE,
     "checkpoint.keep_last": _AT_LEAST_ONE,
 }

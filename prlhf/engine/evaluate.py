@@ -11,13 +11,13 @@ from typing import Any
 
 from prlhf.config import Config, config_from_dict, config_to_dict, load_config
 from prlhf.data.records import Message, PreferenceData
-from prlhf.engine.build import load_job_data, make_autocast, pick_device
+from prlhf.engine.build import load_job_data, load_job_neutral, make_autocast, pick_device
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.engine.child import SignalRelay, is_finished, train_in_child
 from prlhf.engine.final import Evaluator, evaluate_preferences
 from prlhf.errors import ConfigError, DataError
 from prlhf.evaluation.judges import RuleJudge
-from prlhf.evaluation.report import format_comparison, load_final, make_table
+from prlhf.evaluation.report import format_comparison, format_tax_comparison, load_final, make_table
 from prlhf.evaluation.samples import Sample, win_rates
 from prlhf.models.assemble import load_model, resolve_checkpoint
 from prlhf.models.backbone import pad_token_id
@@ -67,7 +67,7 @@ def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequ
         autocast=make_autocast(config.train.precision, device),
         on_batch=lambda: None,
     )
-    figures, _ = evaluate_preferences(evaluator, data)
+    figures, _ = evaluate_preferences(evaluator, data, load_job_neutral(config, data))
     return {
         "experiment": config.name,
         "method": config.method,
@@ -121,7 +121,8 @@ def compare_runs(targets: Sequence[str], overrides: Sequence[str], *, runs: Path
         raise DataError(
             *(f"{name}: has no preference accuracy to compare (method {finals[name]['method']})" for name in without)
         )
-    return format_comparison(finals) + "\n" + _format_win_rates(named, finals)
+    tables = (format_comparison(finals), format_tax_comparison(finals), _format_win_rates(named, finals))
+    return "\n\n".join(table for table in tables if table) + "\n"
 
 
 def _train_if_needed(target: str, overrides: Sequence[str], runs: Path, relay: SignalRelay) -> Path:
@@ -148,7 +149,7 @@ def _format_win_rates(folders: dict[str, Path], finals: dict[str, dict[str, Any]
         ]
     if not rows:
         return ""
-    return "\n" + make_table(["answers of", "against", "wins", "ties", "losses", "mean (tie = 1/2)"], rows) + "\n"
+    return make_table(["answers of", "against", "wins", "ties", "losses", "mean (tie = 1/2)"], rows)
 
 
 def _load_samples(run_dir: Path) -> list[Sample]:
