@@ -121,6 +121,8 @@ class EvalConfig:
     top_p: float = 1.0
     max_new_tokens: int = 160
     batch_rows: int = 32
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
     neutral: str | None = None
 
 
@@ -200,6 +202,8 @@ _LIMITS: dict[str, _Limit] = {
     "eval.top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     "eval.max_new_tokens": _AT_LEAST_ONE,
     "eval.batch_rows": _AT_LEAST_ONE,
+    "eval.repetition_penalty": _ABOVE_ZERO,
+    "eval.no_repeat_ngram_size": _NOT_NEGATIVE,
     "eval.neutral": (bool, "a file of texts"),
     "checkpoint.every_steps": _NOT_NEGATIVE,
     "checkpoint.keep_last": _AT_LEAST_ONE,

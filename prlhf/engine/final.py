@@ -147,6 +147,8 @@ class Evaluator:
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=self.config.seed,
+            repetition_penalty=settings.repetition_penalty,
+            no_repeat_ngram_size=settings.no_repeat_ngram_size,
         )
         with self.autocast():
             return sample_answers(

@@ -33,11 +33,12 @@ def test_every_experiment_parses(path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_experiment_is_named_after_its_file(path: Path) -> None:
-    """`make eval EXP=psoups` looks for runs/psoups."""
-    assert load_config(path).name == path.stem
+    """`make eval EXP=psoups` looks for runs/psoups, `make eval EXP=paper/psoups` for runs/paper_psoups."""
+    parts = path.relative_to(ROOT / "experiments").with_suffix("").parts
+    assert load_config(path).name == "_".join(parts)
 
 
-@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_variants_differ_from_their_experiment_in_method_and_users_alone(path: Path) -> None:
     variant, original = (config_to_dict(load_config(each)) for each in (path, base_of(path)))
     for part in ("seed", "data", "model"):
