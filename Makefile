@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: setup train compare sweep eval base test test-slow lint check clean help
+.PHONY: setup train compare sweep report eval base test test-slow lint check clean help
 
 PYTHON ?= python3
 NPROC ?= 1
@@ -32,6 +32,10 @@ compare: require-experiment $(INSTALLED) ## Train what is missing of an experime
 sweep: $(INSTALLED) ## Train an experiment at several settings, then tabulate: SWEEP=psoups_alpha [ARGS="train.max_steps=100"]
 	$(if $(SWEEP),,$(error sweep: give SWEEP=NAME of experiments/sweeps/NAME.yaml, such as psoups_alpha))
 	$(BIN)/prlhf sweep experiments/sweeps/$(SWEEP).yaml $(ARGS)
+
+report: $(INSTALLED) ## Write runs/NAME/report.html: make report RUNS="psoups psoups_vanilla" [ARGS="--out FILE"]
+	$(if $(RUNS),,$(error report: give RUNS="NAME ..." for runs/NAME, the page goes to the first))
+	$(BIN)/prlhf report $(addprefix runs/,$(RUNS)) $(ARGS)
 
 eval: $(INSTALLED) ## Evaluate a run again: make eval EXP=psoups, or CKPT=a run or checkpoint [ARGS="--data DIR"]
 	$(if $(CKPT),,$(error eval: give EXP=psoups for runs/psoups, or CKPT=DIR))

@@ -49,6 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--runs", default="runs", metavar="DIR", help="where the sweep's folder is (default: runs)")
     sweep.set_defaults(run=_sweep)
 
+    report = commands.add_parser("report", help="one page on one run or several: curves, users, answers")
+    report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run directories")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in the first run)")
+    report.set_defaults(run=_report)
+
     score = commands.add_parser("score", help="scores of a reward model for every response of a file")
     score.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run or checkpoint of method rm or prm")
     score.add_argument(
@@ -148,6 +153,13 @@ def _sweep(args: argparse.Namespace) -> int:
     sys.stdout.write(table)
     if failures:
         raise ConfigError(*failures)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from prlhf.evaluation.html_report import write_report
+
+    sys.stdout.write(f"{write_report(args.runs, args.out)}\n")
     return 0
 
 
