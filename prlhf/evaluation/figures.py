@@ -21,7 +21,7 @@ GREY = "#6b6b6b"
 MAX_LABELLED_USERS = 40  # beyond them users are sorted and not named
 MAX_LABEL = 28
 WIDTH = 8.0  # inches
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib types its keys as literals
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
