@@ -1,14 +1,14 @@
 .DEFAULT_GOAL := help
-.PHONY: setup train compare eval base test test-slow lint check clean help
+.PHONY: setup train compare sweep report eval base test test-slow lint check clean help
 
 PYTHON ?= python3
 NPROC ?= 1
-CKPT ?= $(if $(EXP),runs/$(notdir $(EXP)))
+CKPT ?= $(if $(EXP),runs/$(subst /,_,$(EXP)))
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CONFIG = experiments/$(EXP).yaml
 VARIANTS = $(wildcard experiments/$(EXP)_vanilla.yaml experiments/$(EXP)_cluster.yaml)
-EXPERIMENTS = $(patsubst experiments/%.yaml,%,$(shell find experiments -name '*.yaml' | sort))
+EXPERIMENTS = $(patsubst experiments/%.yaml,%,$(shell find experiments -name '*.yaml' -not -path '*/sweeps/*' | sort))
 
 # torch first, so that the package's other requirements are resolved against the version that is wanted.
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
@@ -28,6 +28,14 @@ endif
 
 compare: require-experiment $(INSTALLED) ## Train what is missing of an experiment and its variants, then tabulate: EXP=psoups
 	$(BIN)/prlhf compare $(CONFIG) $(VARIANTS) $(ARGS)
+
+sweep: $(INSTALLED) ## Train an experiment at several settings, then tabulate: SWEEP=psoups_alpha [ARGS="train.max_steps=100"]
+	$(if $(SWEEP),,$(error sweep: give SWEEP=NAME of experiments/sweeps/NAME.yaml, such as psoups_alpha))
+	$(BIN)/prlhf sweep experiments/sweeps/$(SWEEP).yaml $(ARGS)
+
+report: $(INSTALLED) ## Write runs/NAME/report.html: make report RUNS="psoups psoups_vanilla" [ARGS="--out FILE"]
+	$(if $(RUNS),,$(error report: give RUNS="NAME ..." for runs/NAME, the page goes to the first))
+	$(BIN)/prlhf report $(addprefix runs/,$(RUNS)) $(ARGS)
 
 eval: $(INSTALLED) ## Evaluate a run again: make eval EXP=psoups, or CKPT=a run or checkpoint [ARGS="--data DIR"]
 	$(if $(CKPT),,$(error eval: give EXP=psoups for runs/psoups, or CKPT=DIR))

@@ -43,6 +43,17 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--runs", default="runs", metavar="DIR", help="folder of run directories (default: runs)")
     compare.set_defaults(run=_compare, overrides=[])
 
+    sweep = commands.add_parser("sweep", help="train an experiment at several settings, then tabulate them")
+    sweep.add_argument("sweep", metavar="SWEEP", type=Path, help="a YAML file of experiments/sweeps")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="of every run, such as train.max_steps=20")
+    sweep.add_argument("--runs", default="runs", metavar="DIR", help="where the sweep's folder is (default: runs)")
+    sweep.set_defaults(run=_sweep)
+
+    report = commands.add_parser("report", help="one page on one run or several: curves, users, answers")
+    report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run directories")
+    report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in the first run)")
+    report.set_defaults(run=_report)
+
     score = commands.add_parser("score", help="scores of a reward model for every response of a file")
     score.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run or checkpoint of method rm or prm")
     score.add_argument(
@@ -132,6 +143,23 @@ def _compare(args: argparse.Namespace) -> int:
     overrides = [*(item for item in args.runs_or_configs if "=" in item), *args.overrides]
     targets = [item for item in args.runs_or_configs if "=" not in item]
     sys.stdout.write(compare_runs(targets, overrides, runs=Path(args.runs)))
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from prlhf.engine.sweep import load_sweep, run_sweep
+
+    table, failures = run_sweep(load_sweep(args.sweep, args.overrides), runs=Path(args.runs))
+    sys.stdout.write(table)
+    if failures:
+        raise ConfigError(*failures)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from prlhf.evaluation.html_report import write_report
+
+    sys.stdout.write(f"{write_report(args.runs, args.out)}\n")
     return 0
 
 

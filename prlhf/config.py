@@ -112,7 +112,8 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation; `every_steps: 0` leaves the final one, whose `generate` is held-out prompts a user (0: none).
 
-    `rows` caps the evaluations during training.
+    `rows` caps the evaluations during training. `neutral` is a file of texts that no user judges, one a line (or .jsonl
+    with "text"), for the personalization tax; built-in data has its own.
     """
 
     every_steps: int = 0
@@ -122,6 +123,9 @@ class EvalConfig:
     top_p: float = 1.0
     max_new_tokens: int = 160
     batch_rows: int = 32
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    neutral: str | None = None
 
 
 @dataclass(frozen=True)
@@ -155,10 +159,11 @@ _AT_LEAST_ONE: _Limit = (lambda value: value >= 1, "1 or more")
 _SHARE: _Limit = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _SHARE_BELOW_ONE: _Limit = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 PERSONAL_METHODS = ("pdpo", "prm")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+NAME_RULE = "up to 100 letters, digits, '.', '_' or '-', no '.' first"
 
 _LIMITS: dict[str, _Limit] = {
-    "name": (lambda value: bool(_NAME.fullmatch(value)), "up to 100 letters, digits, '.', '_' or '-', no '.' first"),
+    "name": (lambda value: bool(NAME.fullmatch(value)), NAME_RULE),
     "seed": _NOT_NEGATIVE,
     "data.source": (bool, "builtin:NAME, a directory or a .jsonl file"),
     "data.max_tokens": _AT_LEAST_ONE,
@@ -199,6 +204,9 @@ _LIMITS: dict[str, _Limit] = {
     "eval.top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     "eval.max_new_tokens": _AT_LEAST_ONE,
     "eval.batch_rows": _AT_LEAST_ONE,
+    "eval.repetition_penalty": _ABOVE_ZERO,
+    "eval.no_repeat_ngram_size": _NOT_NEGATIVE,
+    "eval.neutral": (bool, "a file of texts"),
     "checkpoint.every_steps": _NOT_NEGATIVE,
     "checkpoint.keep_last": _AT_LEAST_ONE,
 }
@@ -210,7 +218,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises: ConfigError: one message for each wrong key, value or combination.
     """
     where = str(path)
-    data = load_yaml(_read_text(Path(path)), where)
+    data = load_yaml(read_text(Path(path)), where)
     problems: list[Problem] = []
     origins: dict[str, str] = {}
     if isinstance(data, dict):
@@ -256,7 +264,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a YAML file, as much of it as any configuration needs.
+
+    Raises: ConfigError: missing, unreadable, or not UTF-8.
+    """
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1).decode("utf-8")

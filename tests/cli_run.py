@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,13 @@ import pytest
 
 from prlhf.cli import main
 from tests.tiny_run import Tiny
+
+
+def train_here(relay: object, command: list[str]) -> int:
+    """`SignalRelay.run` in this process instead of another one, which takes seconds to start."""
+    assert command[:4] == [sys.executable, "-m", "prlhf", "train"]
+    with contextlib.redirect_stdout(io.StringIO()):
+        return main(command[3:])
 
 
 class Run:

@@ -17,16 +17,17 @@ from prlhf.models.backbone import embedding_dim, save_backbone
 from prlhf.models.lora import add_lora_
 from prlhf.models.policy import PersonalizedPolicy
 from prlhf.usermodel import IndividualUserModel
-from tests.families import tiny_model
+from tests.families import MAX_POSITIONS, tiny_model
 from tests.tokenizers import tiny_tokenizer
 
 NUM_USER_TOKENS = 3
 FIRST_ORDINARY_TOKEN = 3
 
 
-def tiny_backbone(family: str, tokenizer: Any, *, seed: int = 0) -> nn.Module:
+def tiny_backbone(family: str, tokenizer: Any, *, seed: int = 0, positions: int = MAX_POSITIONS) -> nn.Module:
     """`tiny_model` with the tokenizer's vocabulary and special tokens."""
     config = copy.deepcopy(tiny_model(family).config)
+    config.max_position_embeddings = positions
     config.vocab_size = len(tokenizer)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = tokenizer.pad_token_id
@@ -95,8 +96,11 @@ def plain_logps(model: nn.Module, prompt_ids: tuple[int, ...], response_ids: tup
     return scores.gather(1, torch.tensor(response_ids)[:, None])[:, 0]
 
 
-def save_folder(folder: Path, *, family: str = "llama", variant: str = "plain", seed: int = 0) -> str:
+def save_folder(
+    folder: Path, *, family: str = "llama", variant: str = "plain", seed: int = 0, positions: int = MAX_POSITIONS
+) -> str:
     """A transformers folder of a tiny model in float32."""
     tokenizer = tiny_tokenizer(variant)
-    save_backbone(tiny_backbone(family, tokenizer, seed=seed), tokenizer, folder, dtype="float32")
+    backbone = tiny_backbone(family, tokenizer, seed=seed, positions=positions)
+    save_backbone(backbone, tokenizer, folder, dtype="float32")
     return str(folder)

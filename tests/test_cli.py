@@ -19,8 +19,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from prlhf.cli import main
 from prlhf.engine import launch
 from prlhf.engine import trainer as trainer_module
+from prlhf.engine.child import SignalRelay
 from prlhf.engine.run_dir import RunDir
-from tests.cli_run import Run
+from tests.cli_run import Run, train_here
 from tests.tiny_run import Tiny, at_step, checkpoints, read_status, snapshot, stop_signal, write_data, write_jsonl
 
 
@@ -201,13 +202,7 @@ def test_compare_keeps_runs_of_one_name_apart(run: Run, trained: Path, tmp_path:
 
 
 def test_compare_trains_what_is_missing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process instead of another one, which takes seconds to start."""
-
-    def train_here(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command[:4] == [sys.executable, "-m", "prlhf", "train"]
-        return subprocess.CompletedProcess(command, main(command[3:]))
-
-    monkeypatch.setattr(subprocess, "run", train_here)
+    monkeypatch.setattr(SignalRelay, "run", train_here)
     code, out, _ = run("compare", run.config(), "train.max_steps=1", "--runs", run.runs)
     assert code == 0
     assert "| tiny " in out

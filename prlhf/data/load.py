@@ -8,7 +8,7 @@ from typing import Any
 
 from prlhf.data.clean import pair_id_conflicts
 from prlhf.data.jsonl import OnBadRow, read_rows
-from prlhf.data.prepared import clean_and_warn, load_prepared, read_preferences
+from prlhf.data.prepared import SPLITS, clean_and_warn, load_prepared, read_preferences
 from prlhf.data.records import PreferenceData, PreferenceRow, ResponseRow, preference_row, response_row
 from prlhf.data.splits import split_preferences, split_responses
 from prlhf.errors import DataError
@@ -16,6 +16,7 @@ from prlhf.errors import DataError
 BUILTIN_PSOUPS = "builtin:psoups"
 BUILTIN_TEXT = "builtin:text"
 BUILTIN_TEXT_SECOND = "builtin:text2"
+MAX_NEUTRAL_TEXTS = 200
 logger = logging.getLogger(__name__)
 
 
@@ -85,6 +86,40 @@ def load_response_rows(
         raise DataError(f"{path}: {len(preferences)} of {len(rows)} rows are preferences; "
                         "keep rows of one kind in a file")
     return _chosen(_split(preferences, str(path), seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users))
+
+
+def load_neutral_texts(path: str | None, data: PreferenceData) -> list[ResponseRow]:
+    """Texts that no user judged, at most 200; none for data that is not built in when no path is given.
+
+    For built-in data: dev rows of "builtin:text", in all styles, which the built-in model's first stage did not read.
+
+    Args:
+        path: one text a line, or .jsonl with {"text"} or {"prompt", "response"}.
+        data: a row with a prompt or a response of these is left out.
+    Raises: DataError: no such file, or no text is left in it.
+    """
+    if path is None and not data.source.startswith("builtin:"):
+        return []
+    if path is None:
+        _, rows = load_response_rows(BUILTIN_TEXT, seed=0, eval_prompts=0.0)
+    elif path.endswith((".jsonl", ".jsonl.gz")):
+        rows = _responses(Path(path).expanduser(), "error")
+    else:
+        rows = [ResponseRow("", line.strip()) for line in _lines(Path(path).expanduser()) if line.strip()]
+    judged = [row for name in SPLITS for row in getattr(data, name)]
+    prompts = {row.prompt for row in judged}
+    responses = {response for row in judged for response in (row.chosen, row.rejected)}
+    neutral = [row for row in rows if row.prompt not in prompts and row.response not in responses]
+    if not neutral:
+        raise DataError(f"{path or BUILTIN_TEXT}: holds no text that no user judged; give a file of other texts")
+    return neutral[:MAX_NEUTRAL_TEXTS]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); give a UTF-8 text file with one text a line") from None
 
 
 def _existing(source: str, builtin: tuple[str, ...]) -> Path:

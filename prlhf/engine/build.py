@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from prlhf.config import Config
-from prlhf.data.load import load_preference_data, load_response_rows
+from prlhf.data.load import load_neutral_texts, load_preference_data, load_response_rows
 from prlhf.data.records import PreferenceData, ResponseRow
 from prlhf.data.sampler import num_steps_per_epoch
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
@@ -53,6 +53,7 @@ class Job:
     dropped: dict[str, int]
     preferences: PreferenceData | None
     dev_responses: list[ResponseRow]
+    neutral: list[ResponseRow]
     data_sha256: str
     max_steps: int
     autocast: Autocast
@@ -114,6 +115,13 @@ def load_job_data(config: Config) -> tuple[PreferenceData | None, list[ResponseR
     return load_preference_data(data.source, unseen_users=data.unseen_users, **options), [], []
 
 
+def load_job_neutral(config: Config, preferences: PreferenceData | None) -> list[ResponseRow]:
+    """Texts for the personalization tax, which policies alone pay."""
+    if preferences is None or config.method in REWARD_METHODS:
+        return []
+    return load_neutral_texts(config.eval.neutral, preferences)
+
+
 def build_job(config: Config) -> Job:
     """Load data and model, tokenize, and make the objects of a run at step 0.
 
@@ -129,6 +137,7 @@ def build_job(config: Config) -> Job:
     torch.manual_seed(config.seed + rank())
     device = pick_device(config.train.device)
     preferences, train_responses, dev_responses = load_job_data(config)
+    neutral = load_job_neutral(config, preferences)
     spec = make_spec(config)
     make = make_reward_model if config.method in REWARD_METHODS else make_policy
     model: Model = make(spec, preferences.user_ids() if preferences else [])
@@ -169,6 +178,7 @@ def build_job(config: Config) -> Job:
         objective=make_objective(config),
         preferences=preferences,
         dev_responses=dev_responses,
+        neutral=neutral,
         data_sha256=hash_rows(tokenized.rows),
         max_steps=max_steps,
         autocast=make_autocast(train.precision, device),

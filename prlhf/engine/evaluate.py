@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prlhf.config import Config, config_from_dict, config_to_dict, load_config
 from prlhf.data.records import Message, PreferenceData
-from prlhf.engine.build import load_job_data, make_autocast, pick_device
+from prlhf.engine.build import load_job_data, load_job_neutral, make_autocast, pick_device
 from prlhf.engine.checkpoint import CONFIG
+from prlhf.engine.child import SignalRelay, is_finished, train_in_child
 from prlhf.engine.final import Evaluator, evaluate_preferences
 from prlhf.errors import ConfigError, DataError
 from prlhf.evaluation.judges import RuleJudge
-from prlhf.evaluation.report import format_comparison, load_final, make_table
+from prlhf.evaluation.report import format_comparison, format_tax_comparison, load_final, make_table
 from prlhf.evaluation.samples import Sample, win_rates
 from prlhf.models.assemble import load_model, resolve_checkpoint
 from prlhf.models.backbone import pad_token_id
@@ -69,7 +68,7 @@ def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequ
         autocast=make_autocast(config.train.precision, device),
         on_batch=lambda: None,
     )
-    figures, _ = evaluate_preferences(evaluator, data)
+    figures, _ = evaluate_preferences(evaluator, data, load_job_neutral(config, data))
     return {
         "experiment": config.name,
         "method": config.method,
@@ -108,12 +107,13 @@ def _known_rows(data: PreferenceData, known: tuple[str, ...] | None) -> Preferen
 def compare_runs(targets: Sequence[str], overrides: Sequence[str], *, runs: Path) -> str:
     """Tables over runs; a target that is a YAML file is trained first unless it is finished.
 
-    Raises: DataError: a run without final evaluation. ConfigError: a training run failed.
+    Raises: DataError: a run without final evaluation. ConfigError: a training run failed. Preempted: a signal came.
     """
-    folders = [
-        _train_if_needed(target, overrides, runs) if target.endswith((".yaml", ".yml")) else Path(target)
-        for target in targets
-    ]
+    with SignalRelay() as relay:
+        folders = [
+            _train_if_needed(target, overrides, runs, relay) if target.endswith((".yaml", ".yml")) else Path(target)
+            for target in targets
+        ]
     names = [folder.name for folder in folders]
     named = {str(folder) if names.count(folder.name) > 1 else folder.name: folder for folder in folders}
     finals = {name: load_final(folder) for name, folder in named.items()}
@@ -122,16 +122,17 @@ def compare_runs(targets: Sequence[str], overrides: Sequence[str], *, runs: Path
         raise DataError(
             *(f"{name}: has no preference accuracy to compare (method {finals[name]['method']})" for name in without)
         )
-    return format_comparison(finals) + "\n" + _format_win_rates(named, finals)
+    tables = (format_comparison(finals), format_tax_comparison(finals), _format_win_rates(named, finals))
+    return "\n\n".join(table for table in tables if table) + "\n"
 
 
-def _train_if_needed(target: str, overrides: Sequence[str], runs: Path) -> Path:
+def _train_if_needed(target: str, overrides: Sequence[str], runs: Path, relay: SignalRelay) -> Path:
     config = load_config(target, overrides)
-    command = [sys.executable, "-m", "prlhf", "train", target, *overrides, "--runs", str(runs)]
-    code = subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode
+    run_dir = runs / config.name
+    code = 0 if is_finished(config, run_dir) else train_in_child(target, overrides, runs, relay)
     if code != 0:
         raise ConfigError(f"{target}: training ended with exit code {code}; see the messages above")
-    return runs / config.name
+    return run_dir
 
 
 def _format_win_rates(folders: dict[str, Path], finals: dict[str, dict[str, Any]]) -> str:
@@ -149,7 +150,7 @@ def _format_win_rates(folders: dict[str, Path], finals: dict[str, dict[str, Any]
         ]
     if not rows:
         return ""
-    return "\n" + make_table(["answers of", "against", "wins", "ties", "losses", "mean (tie = 1/2)"], rows) + "\n"
+    return make_table(["answers of", "against", "wins", "ties", "losses", "mean (tie = 1/2)"], rows)
 
 
 def _load_samples(run_dir: Path) -> list[Sample]:

@@ -14,6 +14,7 @@ import torch
 
 from prlhf.config import Config
 from prlhf.data.check import length_only_accuracy
+from prlhf.data.load import BUILTIN_TEXT
 from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow
 from prlhf.data.tokenize import Tokenized, TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
 from prlhf.distributed import all_reduce_sum, barrier, is_main, rank, world_size
@@ -31,6 +32,7 @@ from prlhf.evaluation.samples import (
     win_rates,
 )
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
+from prlhf.evaluation.tax import personalization_tax
 from prlhf.files import write_json_atomic, write_text_atomic
 from prlhf.generation import SamplingOptions
 from prlhf.models.policy import PersonalizedPolicy
@@ -110,6 +112,15 @@ class Evaluator:
             )
         return {"nll_per_token": float(-scores.values.sum() / scores.tokens.sum()), "num_rows": len(tokenized)}
 
+    def tax(self, texts: Sequence[ResponseRow]) -> dict[str, Any] | None:
+        """What the users' tastes cost on neutral texts; None for a reward model, or when no text can be used."""
+        tokenized = self._tokenize_responses(texts)
+        if not tokenized or not isinstance(self.model, PersonalizedPolicy):
+            return None
+        with self.autocast():
+            tax = personalization_tax(self.model, tokenized, **self.scoring)
+        return {"source": self.config.eval.neutral or BUILTIN_TEXT, **tax}
+
     def generations(self, prompts: Sequence[Prompt], users: Sequence[str], judge: RuleJudge | None) -> dict[str, Any]:
         """Answers of policy and reference for every user, and what judge and reference say of them."""
         ours, theirs = (self._sample(prompts, users, as_reference=reference) for reference in (False, True))
@@ -136,6 +147,8 @@ class Evaluator:
             temperature=settings.temperature,
             top_p=settings.top_p,
             seed=self.config.seed,
+            repetition_penalty=settings.repetition_penalty,
+            no_repeat_ngram_size=settings.no_repeat_ngram_size,
         )
         with self.autocast():
             return sample_answers(
@@ -161,15 +174,19 @@ class Evaluator:
 
 
 def evaluate_preferences(
-    evaluator: Evaluator, data: PreferenceData
+    evaluator: Evaluator, data: PreferenceData, neutral: Sequence[ResponseRow]
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
-    """The figures of a preference job, and the samples if `eval.generate` asks for any."""
+    """The figures of a preference job, and the samples if `eval.generate` asks for any.
+
+    Args:
+        neutral: texts that no user judged.
+    """
     figures = evaluator.accuracy(data.eval_seen, data.eval_unseen)
     figures["length_only"] = {
         name: length_only_accuracy(data.train, rows)
         for name, rows in (("seen", data.eval_seen), ("unseen", data.eval_unseen))
     }
-    figures.update({"win_rate": None, "on_side": None, "text": None})
+    figures.update({"tax": evaluator.tax(neutral), "win_rate": None, "on_side": None, "text": None})
     wanted = evaluator.config.eval.generate
     if not wanted or not data.eval_seen or not isinstance(evaluator.model, PersonalizedPolicy):
         return figures, {}
@@ -189,7 +206,7 @@ def evaluate_run(job: Job, progress: Progress, run_dir: Path, *, setup_s: float,
     if job.preferences is None:
         figures: dict[str, Any] = {"dev": evaluator.nll(job.dev_responses)}
     else:
-        figures, samples = evaluate_preferences(evaluator, job.preferences)
+        figures, samples = evaluate_preferences(evaluator, job.preferences, job.neutral)
     seconds = max(progress.train_seconds, 1e-9)
     final = {
         "experiment": job.config.name,

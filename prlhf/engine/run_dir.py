@@ -95,11 +95,8 @@ class RunDir:
 
     def is_finished(self, step: int) -> bool:
         """Whether an earlier run ended here with the evaluation of `step`."""
-        try:
-            status = json.loads((self.path / STATUS).read_text(encoding="utf-8"))
-            return (status["status"], status["step"]) == ("finished", step)
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        status = read_status(self.path)
+        return (status.get("status"), status.get("step")) == ("finished", step)
 
     def append_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Append one JSON line for each optimizer step."""
@@ -112,6 +109,15 @@ class RunDir:
         if path.is_file():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_text_atomic(path, "".join(line + "\n" for line in kept))
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """What STATUS.json says; nothing when it is missing or malformed."""
+    try:
+        status = json.loads((run_dir / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
 
 
 def _step_of(line: str) -> float:

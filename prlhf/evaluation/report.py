@@ -57,8 +57,9 @@ def format_run(final: Mapping[str, Any], run_dir: Path) -> str:
 
 
 def format_figures(final: Mapping[str, Any]) -> str:
-    """Accuracies, the table of users, and the quality of the text where it was sampled."""
-    return "\n\n".join(part for part in (_headline(final), _user_table(final), _text_line(final)) if part)
+    """Accuracies, the table of users, the quality of the text where it was sampled, and the personalization tax."""
+    parts = (_headline(final), _user_table(final), _text_line(final), _tax_line(final))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _headline(final: Mapping[str, Any]) -> str:
@@ -128,6 +129,20 @@ def _text_line(final: Mapping[str, Any]) -> str:
     return make_table(
         [f"text at T {text['temperature']:g}", "well-formed", "repeated 4-grams", "NLL/token", "words"], rows
     )
+
+
+def _tax_line(final: Mapping[str, Any]) -> str:
+    tax = final.get("tax")
+    if not tax:
+        return ""
+    nll = tax["nll_per_token"]
+    parts = [f"reference {nll['reference']:.3f}"]
+    if nll["users_mean"] is None:
+        parts.append(f"policy {nll['generic']:.3f}")
+    else:
+        parts.append(f"generic user {nll['generic']:.3f}")
+        parts.append(f"mean of {tax['num_users']} users {nll['users_mean']:.3f}")
+    return f"NLL/token of {tax['num_texts']} neutral texts ({tax['source']}): {', '.join(parts)}"
 
 
 def _side_by_side(path: Path) -> str:
@@ -206,6 +221,29 @@ def format_comparison(finals: Mapping[str, Mapping[str, Any]]) -> str:
                 *[_share(final["per_user"][user]["accuracy"]) if user in final["per_user"] else "-" for user in shown],
             ]
         )
+    return make_table(header, rows)
+
+
+def format_tax_comparison(finals: Mapping[str, Mapping[str, Any]]) -> str:
+    """The personalization tax: the generic user beside the vanilla runs, neutral text beside the reference."""
+    taxed = {name: final for name, final in finals.items() if final.get("tax")}
+    if not taxed:
+        return ""
+    vanilla = [final["accuracy"]["seen"]["mean"] for final in finals.values() if final["user_model"] == "none"]
+    rows = []
+    for name, final in taxed.items():
+        nll = final["tax"]["nll_per_token"]
+        rows.append(
+            [
+                name,
+                _share(final["accuracy"]["generic"]["mean"]),
+                ", ".join(_share(value) for value in vanilla) or "-",
+                _share(nll["reference"]),
+                _share(nll["generic"]),
+                "-" if nll["users_mean"] is None else _share(nll["users_mean"]),
+            ]
+        )
+    header = ["personalization tax", "generic accuracy", "vanilla's", "neutral NLL: reference", "generic", "users"]
     return make_table(header, rows)
 
 

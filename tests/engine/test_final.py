@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prlhf.data import load
 from prlhf.data.records import PreferenceRow
 from prlhf.data.world import psoups
 from prlhf.engine import final as final_module
 from prlhf.engine.final import Evaluator
 from prlhf.engine.trainer import train
+from prlhf.errors import DataError
 from prlhf.evaluation.accuracy import PairMargins
 from prlhf.evaluation.report import load_final
 from tests.tiny_run import Tiny, perturbed_job
@@ -24,7 +26,7 @@ DOCUMENTED = {
     "experiment", "method", "step", "seed", "accuracy", "per_user", "win_rate", "on_side", "slices", "throughput",
     "seconds", "seconds_setup", "seconds_eval", "per_unseen_user",
 }
-FURTHER = {"user_model", "data", "length_only", "text", "skipped_steps"}
+FURTHER = {"user_model", "data", "length_only", "text", "skipped_steps", "tax"}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,7 @@ def world_run(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for name, pairs in (("TRAIN_PAIRS", 2), ("DEV_PAIRS", 1), ("EVAL_PAIRS", 2)):
             patch.setattr(psoups, name, pairs)
+        patch.setattr(load, "MAX_NEUTRAL_TEXTS", 8)
         train(config, run_dir)
     return run_dir
 
@@ -49,7 +52,7 @@ def test_the_keys_are_the_documented_ones(tiny: Tiny, tmp_path: Path) -> None:
     for name in ("seen", "unseen", "generic"):
         assert set(final["accuracy"][name]) == BLOCK, name
     assert set(final["throughput"]) == THROUGHPUT
-    assert final["win_rate"] is final["on_side"] is final["text"] is None
+    assert final["win_rate"] is final["on_side"] is final["text"] is final["tax"] is None
     assert {user: set(figures) for user, figures in final["per_user"].items()} == {
         user: {"accuracy", "generic_accuracy", "num_rows"} for user in ("ann", "bob")
     }
@@ -71,6 +74,8 @@ def test_a_run_of_the_built_in_world_is_judged(world_run: Path) -> None:
     assert final["accuracy"]["seen"]["num_rows"] == 2 * len(users)
     assert final["accuracy"]["unseen"] is None
     assert final["text"]["policy"]["num_samples"] == 2 * len(users)
+    assert (final["tax"]["source"], final["tax"]["num_texts"]) == ("builtin:text", 8)
+    assert final["tax"]["num_users"] == len(users)
 
 
 def test_samples_are_kept_beside_the_figures(world_run: Path) -> None:
@@ -79,6 +84,18 @@ def test_samples_are_kept_beside_the_figures(world_run: Path) -> None:
         records = [json.loads(line) for line in lines]
         assert len(records) == 12
         assert set(records[0]) == {"user_id", "prompt", "response", "nll_per_token", "num_tokens"}
+
+
+def test_neutral_text_of_ones_own_is_read_before_the_first_step(tiny: Tiny, tmp_path: Path) -> None:
+    texts = tmp_path / "neutral.txt"
+    config = tiny.config(train__max_steps=1, eval__neutral=str(texts))
+    with pytest.raises(DataError, match="neutral.txt: cannot be read"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    texts.write_text("Two and two are four.\nThe sea is wide.\n")
+    tax = train(config, tmp_path / "run")["tax"]
+    assert (tax["source"], tax["num_texts"], tax["num_users"]) == (str(texts), 2, 2)
+    assert train(tiny.config(method="rm", train__max_steps=1), tmp_path / "rm")["tax"] is None
 
 
 def row(user: str, pair: str, rejected: str = "aaaa") -> PreferenceRow:

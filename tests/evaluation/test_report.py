@@ -14,6 +14,7 @@ from prlhf.evaluation.report import (
     format_comparison,
     format_figures,
     format_run,
+    format_tax_comparison,
     load_final,
     make_table,
 )
@@ -85,6 +86,27 @@ def test_judged_answers_add_columns_and_the_quality_of_the_text() -> None:
     assert ["ann", "1.000", "0.500", "4", "0.800", "0.400", "5/1/2"] in rows
     assert ["policy", "0.900", "0.050", "1.500", "12.3"] in rows
     assert ["reference", "0.900", "0.050", "2.500", "12.3"] in rows
+
+
+def tax_of(reference: float, generic: float, users_mean: float | None) -> dict[str, Any]:
+    nll = {"reference": reference, "generic": generic, "users_mean": users_mean}
+    return {"source": "builtin:text", "num_texts": 9, "num_tokens": 99, "num_users": 2, "nll_per_token": nll}
+
+
+def test_the_tax_has_a_line_of_its_own() -> None:
+    start = "NLL/token of 9 neutral texts (builtin:text): reference 1.000, "
+    assert start + "generic user 1.250, mean of 2 users 1.500" in format_figures(final_of(tax=tax_of(1, 1.25, 1.5)))
+    assert start + "policy 1.125" in format_figures(final_of(tax=tax_of(1, 1.125, None)))
+    assert "neutral" not in format_figures(final_of(tax=None)) + format_figures(final_of())
+
+
+def test_the_tax_of_runs_stands_beside_the_vanilla_ones() -> None:
+    vanilla = final_of(user_model="none", tax=tax_of(1, 1.125, None))
+    rows = cells(format_tax_comparison({"mine": final_of(tax=tax_of(1, 1.25, 1.5)), "vanilla": vanilla}))
+    assert rows[1:] == [
+        ["mine", "0.500", "0.750", "1.000", "1.250", "1.500"], ["vanilla", "0.500", "0.750", "1.000", "1.125", "-"]
+    ]
+    assert format_tax_comparison({"old": final_of()}) == ""
 
 
 def test_without_evaluation_rows_it_says_so() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from prlhf.config import config_from_dict, config_to_dict, load_config
+from prlhf.engine.sweep import load_sweep
 
 
 def base_of(path: Path) -> Path:
@@ -14,7 +15,8 @@ def base_of(path: Path) -> Path:
 
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPERIMENTS = sorted(ROOT.glob("experiments/**/*.yaml"))
+SWEEPS = sorted(ROOT.glob("experiments/sweeps/*.yaml"))
+EXPERIMENTS = [path for path in sorted(ROOT.glob("experiments/**/*.yaml")) if path not in SWEEPS]
 VARIANTS = [path for path in EXPERIMENTS if "_" in path.stem and base_of(path).is_file()]
 
 
@@ -31,11 +33,12 @@ def test_every_experiment_parses(path: Path) -> None:
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_experiment_is_named_after_its_file(path: Path) -> None:
-    """`make eval EXP=psoups` looks for runs/psoups."""
-    assert load_config(path).name == path.stem
+    """`make eval EXP=psoups` looks for runs/psoups, `make eval EXP=paper/psoups` for runs/paper_psoups."""
+    parts = path.relative_to(ROOT / "experiments").with_suffix("").parts
+    assert load_config(path).name == "_".join(parts)
 
 
-@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_variants_differ_from_their_experiment_in_method_and_users_alone(path: Path) -> None:
     variant, original = (config_to_dict(load_config(each)) for each in (path, base_of(path)))
     for part in ("seed", "data", "model"):
@@ -43,3 +46,12 @@ def test_variants_differ_from_their_experiment_in_method_and_users_alone(path: P
     if variant["method"] not in ("rm", "prm"):  # a reward model has no beta and cannot answer
         assert variant["eval"] == original["eval"] and variant["loss"]["beta"] == original["loss"]["beta"]
     assert variant["train"]["batch_rows"] == original["train"]["batch_rows"]
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_parses_and_is_named_after_its_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load_sweep(path)
+    assert sweep.name == path.stem
+    assert len(sweep.points) > 1
+    assert len({point.config.seed for point in sweep.points}) >= 3, "an interval needs seeds"

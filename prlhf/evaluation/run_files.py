@@ -1,0 +1,85 @@
+"""What a run directory holds, finished or not, as plain values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prlhf.errors import DataError
+from prlhf.evaluation.report import load_final
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """One run.
+
+    Args:
+        metrics: a dict a step.
+        evaluations: those during training, by step.
+        final: None until the run is finished.
+        samples: "policy" and "reference" -> rows; empty where nothing was sampled.
+    """
+
+    name: str
+    config: str
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    final: dict[str, Any] | None
+    samples: dict[str, list[dict[str, Any]]]
+
+
+def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
+    """Runs under names that tell them apart.
+
+    Raises: DataError: a line for each folder that is no run directory, or a file of one that cannot be read.
+    """
+    strange = [folder for folder in folders if not (folder / "config.yaml").is_file()]
+    if strange:
+        raise DataError(*(f"{folder}: no run directory (no config.yaml); give runs/NAME" for folder in strange))
+    names = [folder.resolve().name for folder in folders]
+    return [
+        _read_run(folder, name if names.count(name) == 1 else str(folder))
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def _read_run(folder: Path, name: str) -> RunFiles:
+    steps = [_read(path, json.loads) for path in sorted((folder / "eval").glob("step-*.json"))]
+    return RunFiles(
+        name=name,
+        config=_read(folder / "config.yaml", str),
+        metrics=_read_lines(folder / "metrics.jsonl"),
+        evaluations=sorted(steps, key=lambda evaluation: evaluation["step"]),
+        final=load_final(folder) if (folder / "eval" / "final.json").exists() else None,
+        samples={
+            who: rows for who in ("policy", "reference") if (rows := _read_lines(folder / "samples" / f"{who}.jsonl"))
+        },
+    )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of ours; none when it is not there. A run that is being written may end in half a line."""
+    if not path.exists():
+        return []
+    lines = _read(path, str).splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        del lines[-1]
+    return [_parse(line, json.loads, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _read(path: Path, parse: Any) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    return _parse(text, parse, str(path))
+
+
+def _parse(text: str, parse: Any, where: str) -> Any:
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not valid JSON ({error}); train or evaluate the run again") from None
