@@ -8,6 +8,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CONFIG = experiments/$(EXP).yaml
 VARIANTS = $(wildcard experiments/$(EXP)_vanilla.yaml experiments/$(EXP)_cluster.yaml)
+TLDR_MODEL := runs/builtin_tldr/model/config.json
+NEEDS = $(if $(filter tldr%,$(EXP)),$(TLDR_MODEL))
 EXPERIMENTS = $(patsubst experiments/%.yaml,%,$(shell find experiments -name '*.yaml' -not -path '*/sweeps/*' | sort))
 
 # torch first, so that the package's other requirements are resolved against the version that is wanted.
@@ -19,14 +21,19 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 setup: $(INSTALLED) ## Make .venv with the package in it; the other targets do this the first time
 
-train: require-experiment $(INSTALLED) ## Train: make train EXP=psoups [NPROC=2] [ARGS="train.lr=1e-4 name=mine"]
+# The supervised model of the tldr experiments.
+$(TLDR_MODEL): | $(INSTALLED)
+	$(BIN)/prlhf train experiments/builtin_tldr.yaml
+	$(BIN)/python -m prlhf.engine.write_builtin runs/builtin_tldr --out $(dir $@)
+
+train: require-experiment $(INSTALLED) $(NEEDS) ## Train: make train EXP=psoups [NPROC=2] [ARGS="train.lr=1e-4 name=mine"]
 ifeq ($(NPROC),1)
 	$(BIN)/prlhf train $(CONFIG) $(ARGS)
 else
 	$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m prlhf.engine.launch $(CONFIG) $(ARGS)
 endif
 
-compare: require-experiment $(INSTALLED) ## Train what is missing of an experiment and its variants, then tabulate: EXP=psoups
+compare: require-experiment $(INSTALLED) $(NEEDS) ## Train what is missing of an experiment and its variants, then tabulate: EXP=psoups
 	$(BIN)/prlhf compare $(CONFIG) $(VARIANTS) $(ARGS)
 
 sweep: $(INSTALLED) ## Train an experiment at several settings, then tabulate: SWEEP=psoups_alpha [ARGS="train.max_steps=100"]

@@ -60,6 +60,19 @@ def length_only_accuracy(train: Iterable[PreferenceRow], rows: Iterable[Preferen
     return sum(scores) / len(scores) if scores else None
 
 
+def majority_share(rows: Sequence[PreferenceRow]) -> float | None:
+    """Accuracy of the better of two rules that know no user: always the longer response, or always the shorter one.
+
+    What a model without users can reach where users look at length alone. Equal lengths count one half.
+
+    Returns: a share from 0.5 to 1; None without rows.
+    """
+    if not rows:
+        return None
+    longer = sum(map(_longer_won, rows)) / len(rows)
+    return max(longer, 1 - longer)
+
+
 def _longer_won(row: PreferenceRow) -> float:
     difference = len(row.chosen) - len(row.rejected)
     return 0.5 if difference == 0 else float(difference > 0)

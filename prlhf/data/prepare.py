@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from prlhf.data.convarg import prepare_convarg
 from prlhf.data.jsonl_prepare import JsonlOptions, prepare_jsonl
-from prlhf.data.load import BUILTIN_PSOUPS, load_preference_data
+from prlhf.data.load import BUILTIN_PREFERENCES, load_preference_data
 from prlhf.data.prepared import PreparedSummary, check_writable, write_prepared
 from prlhf.data.psoups import prepare_psoups
+from prlhf.data.tldr import MAX_USERS, prepare_tldr
 from prlhf.errors import DataError
 
-FORMATS = ("jsonl", "psoups", "convarg", BUILTIN_PSOUPS)
+FORMATS = ("jsonl", "psoups", "tldr", "convarg", *BUILTIN_PREFERENCES)
+EVAL_PROMPTS = 0.1
 CONVARG_MIN_JUDGMENTS = 40
 
 
@@ -23,7 +26,8 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", type=Path, metavar="PATH", help="the raw file (jsonl) or folder")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the prepared directory appears")
     parser.add_argument("--unseen-users", type=float, default=0.0, metavar="SHARE", help="of the users, held out")
-    parser.add_argument("--eval-prompts", type=float, default=0.1, metavar="SHARE", help="of the prompts, held out")
+    parser.add_argument("--eval-prompts", type=float, default=EVAL_PROMPTS, metavar="SHARE",
+                        help="of the prompts, held out")
     parser.add_argument("--seed", type=int, default=123)
     parser.add_argument("--force", action="store_true", help="replace an earlier prepared directory")
     own = parser.add_argument_group("jsonl")
@@ -36,7 +40,8 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     convarg = parser.add_argument_group("convarg")
     convarg.add_argument("--min-judgments", type=int, default=CONVARG_MIN_JUDGMENTS, metavar="N",
                          help="leave out workers with fewer strict judgments")
-    convarg.add_argument("--max-users", type=int, metavar="N", help="keep the N most active workers")
+    convarg.add_argument("--max-users", type=int, metavar="N",
+                         help=f"keep the N most active workers; also for tldr (default there: {MAX_USERS})")
     convarg.add_argument("--hold-out", choices=("pairs", "debates"), default="pairs",
                          help="what evaluation shares with no training row")
 
@@ -52,12 +57,15 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> PreparedSummary:
     _refuse_foreign_options(args)
-    if args.format == BUILTIN_PSOUPS:
+    if args.format in BUILTIN_PREFERENCES:
         check_writable(args.out, force=args.force)
         data = load_preference_data(args.format, seed=args.seed, eval_prompts=0.0, unseen_users=0.0)
         return write_prepared(args.out, data, force=args.force)
     if args.raw is None:
         raise DataError(f"prlhf data prepare {args.format}: no --raw PATH; name the raw file or folder")
+    if args.format == "tldr":
+        max_users = MAX_USERS if args.max_users is None else args.max_users
+        return prepare_tldr(args.raw, args.out, seed=args.seed, max_users=max_users, force=args.force)
     shares = {"unseen_users": args.unseen_users, "eval_prompts": args.eval_prompts}
     if args.format == "psoups":
         return prepare_psoups(args.raw, args.out, **shares, seed=args.seed, force=args.force)
@@ -72,17 +80,20 @@ def _prepare(args: argparse.Namespace) -> PreparedSummary:
 
 def _refuse_foreign_options(args: argparse.Namespace) -> None:
     """An option that a format does not read would be ignored in silence."""
-    foreign = {
-        "--map, --drop, --opposed": ("jsonl", args.map or args.drop or args.opposed),
-        "--min-judgments, --max-users, --hold-out": (
-            "convarg",
-            args.min_judgments != CONVARG_MIN_JUDGMENTS or args.max_users is not None or args.hold_out != "pairs",
+    foreign: dict[str, tuple[tuple[str, ...], Any]] = {
+        "--map, --drop, --opposed": (("jsonl",), args.map or args.drop or args.opposed),
+        "--min-judgments, --hold-out": (
+            ("convarg",), args.min_judgments != CONVARG_MIN_JUDGMENTS or args.hold_out != "pairs"
+        ),
+        "--max-users": (("convarg", "tldr"), args.max_users is not None),
+        "--unseen-users, --eval-prompts": (
+            ("jsonl", "psoups", "convarg"), args.unseen_users != 0 or args.eval_prompts != EVAL_PROMPTS
         ),
     }
     messages = [
-        f"prlhf data prepare {args.format}: {options} are for {home} only; leave them out"
-        for options, (home, given) in foreign.items()
-        if given and args.format != home
+        f"prlhf data prepare {args.format}: {options} are for {' and '.join(homes)} only; leave them out"
+        for options, (homes, given) in foreign.items()
+        if given and args.format not in homes
     ]
     if messages:
         raise DataError(*messages)

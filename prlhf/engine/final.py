@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from prlhf.config import Config
-from prlhf.data.check import length_only_accuracy
+from prlhf.data.check import length_only_accuracy, majority_share
 from prlhf.data.load import BUILTIN_TEXT
 from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow
 from prlhf.data.tokenize import Tokenized, TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
@@ -24,12 +24,14 @@ from prlhf.engine.step import Model
 from prlhf.evaluation.accuracy import PairMargins, has_length_gap, score_pairs, summarize_accuracy, user_accuracies
 from prlhf.evaluation.judges import RuleJudge
 from prlhf.evaluation.samples import (
+    GENERIC,
     Sample,
     judge_samples,
     sample_answers,
     score_under_reference,
     text_quality,
     win_rates,
+    words_per_user,
 )
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.evaluation.tax import personalization_tax
@@ -64,8 +66,11 @@ class Evaluator:
         """Accuracy blocks, per-user figures and slices."""
         seen_margins, unseen_margins = self._margins(seen), self._margins(unseen, known_users=False)
         blocks = self._blocks(seen_margins, unseen_margins)
-        gap = [i for i, row in enumerate(seen_margins.rows) if has_length_gap(row)]
-        slices = {"length_gap_20": self._slice(seen_margins, gap)} if gap else {}
+        apart = [
+            margins.part([i for i, row in enumerate(margins.rows) if has_length_gap(row)])
+            for margins in (seen_margins, unseen_margins)
+        ]
+        slices = {"length_gap_20": self._slice(*apart)} if any(margins.rows for margins in apart) else {}
         return {**blocks, "slices": slices}
 
     def _blocks(self, seen: PairMargins, unseen: PairMargins) -> dict[str, Any]:
@@ -86,11 +91,12 @@ class Evaluator:
                 for user in individual
             },
             "per_unseen_user": user_accuracies(unseen.generic, unseen.rows),
+            "majority": {"seen": majority_share(seen.rows), "unseen": majority_share(unseen.rows)},
         }
 
-    def _slice(self, margins: PairMargins, members: list[int]) -> dict[str, Any]:
-        blocks = self._blocks(margins.part(members), margins.part([]))
-        return {**blocks["accuracy"], "per_user": blocks["per_user"]}
+    def _slice(self, seen: PairMargins, unseen: PairMargins) -> dict[str, Any]:
+        blocks = self._blocks(seen, unseen)
+        return {**blocks.pop("accuracy"), **blocks}
 
     def _margins(self, rows: Sequence[PreferenceRow], *, known_users: bool = True) -> PairMargins:
         users = self.model.users if known_users and self.model.user_encoder is not None else None
@@ -122,20 +128,23 @@ class Evaluator:
         return {"source": self.config.eval.neutral or BUILTIN_TEXT, **tax}
 
     def generations(self, prompts: Sequence[Prompt], users: Sequence[str], judge: RuleJudge | None) -> dict[str, Any]:
-        """Answers of policy and reference for every user, and what judge and reference say of them."""
+        """Answers of policy (the generic user's too) and reference, and what judge and reference say of them."""
         ours, theirs = (self._sample(prompts, users, as_reference=reference) for reference in (False, True))
         samples = {"policy": ours, "reference": theirs}
+        if self.model.user_encoder is not None:
+            samples["generic"] = self._sample(prompts, [GENERIC], as_reference=False)
+        made = {"samples": samples, "words": words_per_user(samples)}
         if judge is None:
-            return {"samples": samples, "win_rate": None, "on_side": None, "text": None}
-        judged = {name: judge_samples(group, judge) for name, group in samples.items()}
-        on_side = {user: {name: judged[name][user]["on_side"] for name in samples} for user in users}
+            return {**made, "win_rate": None, "on_side": None, "text": None}
+        judged = {name: judge_samples(samples[name], judge) for name in ("policy", "reference")}
+        on_side = {user: {name: judged[name][user]["on_side"] for name in judged} for user in users}
         return {
-            "samples": samples,
+            **made,
             "win_rate": win_rates(ours, theirs, judge, opponent="reference"),
             "on_side": on_side,
             "text": {
                 "temperature": self.config.eval.temperature,
-                **{name: {**text_quality(group, judge), "per_user": judged[name]} for name, group in samples.items()},
+                **{name: {**text_quality(samples[name], judge), "per_user": judged[name]} for name in judged},
             },
         }
 
@@ -186,7 +195,7 @@ def evaluate_preferences(
         name: length_only_accuracy(data.train, rows)
         for name, rows in (("seen", data.eval_seen), ("unseen", data.eval_unseen))
     }
-    figures.update({"tax": evaluator.tax(neutral), "win_rate": None, "on_side": None, "text": None})
+    figures.update({"tax": evaluator.tax(neutral), "win_rate": None, "on_side": None, "text": None, "words": None})
     wanted = evaluator.config.eval.generate
     if not wanted or not data.eval_seen or not isinstance(evaluator.model, PersonalizedPolicy):
         return figures, {}
@@ -250,7 +259,7 @@ def evaluate_step(job: Job, progress: Progress, run_dir: Path, *, on_batch: OnBa
 
 
 def write_final(run_dir: Path, final: dict[str, Any], samples: dict[str, list[Sample]]) -> None:
-    """Write `eval/final.json` and a samples file for each of policy and reference."""
+    """Write `eval/final.json` and a samples file for each of policy, reference and generic user."""
     for folder in ("eval", "samples"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
     for name, group in samples.items():

@@ -63,14 +63,33 @@ def format_figures(final: Mapping[str, Any]) -> str:
 
 
 def _headline(final: Mapping[str, Any]) -> str:
+    rows = _block_rows(final["accuracy"], "")
+    if not rows:
+        return "no evaluation rows"
+    apart = (final.get("slices") or {}).get("length_gap_20", {})
+    rows += _block_rows(apart, ", lengths 20% apart")
+    for label, shares in (
+        ("length alone", final.get("length_only")),
+        ("one preference for all", final.get("majority")),
+        ("one preference for all, lengths 20% apart", apart.get("majority")),
+    ):
+        rows += [
+            [f"{label}, {name} users", _share(value), "", "", "", ""]
+            for name, value in (shares or {}).items()
+            if value is not None
+        ]
+    return make_table(["reward accuracy", "mean", "95% interval", "worst user", "rows", "users"], rows)
+
+
+def _block_rows(blocks: Mapping[str, Any], suffix: str) -> list[list[str]]:
     names = {
         "seen": "seen users, own embedding",
         "generic": "the same rows, generic user",
         "unseen": "unseen users, generic user",
     }
-    rows = [
+    return [
         [
-            label,
+            label + suffix,
             _share(block["mean"]),
             _interval(block),
             _share(block["worst_user"]),
@@ -78,24 +97,17 @@ def _headline(final: Mapping[str, Any]) -> str:
             str(block["num_users"]),
         ]
         for name, label in names.items()
-        if (block := final["accuracy"].get(name)) is not None
+        if (block := blocks.get(name)) is not None
     ]
-    if not rows:
-        return "no evaluation rows"
-    length_only = final.get("length_only") or {}
-    rows += [
-        [f"length alone, {name} users", _share(value), "", "", "", ""]
-        for name, value in length_only.items()
-        if value is not None
-    ]
-    return make_table(["reward accuracy", "mean", "95% interval", "worst user", "rows", "users"], rows)
 
 
 def _user_table(final: Mapping[str, Any]) -> str:
-    on_side, wins = final.get("on_side"), final.get("win_rate") or {}
+    on_side, wins, words = final.get("on_side"), final.get("win_rate") or {}, final.get("words")
     header = ["user", "accuracy", "generic", "rows"]
     if on_side:
         header += ["on side", "reference's", "wins/ties/losses"]
+    if words:
+        header.append("words")
     rows = []
     for user, figures in list(final["per_user"].items())[:40]:
         row = [user, _share(figures["accuracy"]), _share(figures["generic_accuracy"]), str(figures["num_rows"])]
@@ -106,9 +118,13 @@ def _user_table(final: Mapping[str, Any]) -> str:
                 _share(on_side[user]["reference"]),
                 f"{outcome['wins']}/{outcome['ties']}/{outcome['losses']}",
             ]
+        if words:
+            row.append(_words(words["per_user"].get(user)))
         rows.append(row)
     if len(final["per_user"]) > len(rows):
         rows.append([f"(+{len(final['per_user']) - len(rows)} more)", *[""] * (len(header) - 1)])
+    if rows and words:
+        rows += [[f"({name})", *[""] * (len(header) - 2), _words(words[name])] for name in ("generic", "reference")]
     return make_table(header, rows) if rows else ""
 
 
@@ -278,6 +294,10 @@ def _nll(text: Mapping[str, Any] | None, who: str) -> str:
     """Empty answers alone have no NLL."""
     value = text[who]["nll_per_token"] if text else None
     return "-" if value is None else f"{value:.3f}"
+
+
+def _words(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _share(value: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,11 +121,31 @@ def text_quality(samples: Sequence[Sample], judge: RuleJudge) -> dict[str, Any]:
     return {
         "well_formed": float(np.mean([judge.well_formed(sample.response) for sample in samples])),
         "repeated_4grams": repeated_4gram_share([sample.response for sample in samples]),
-        "words": float(np.mean([len(sample.response.split()) for sample in samples])),
+        "words": _mean_words(samples),
         "nll_per_token": float(np.nanmean(nll)) if np.isfinite(nll).any() else None,
         "empty": int(np.isnan(nll).sum()),
         "num_samples": len(samples),
     }
+
+
+def words_per_user(samples: Mapping[str, Sequence[Sample]]) -> dict[str, Any]:
+    """Mean number of words of an answer: of each user's, the generic user's (None without users), the reference's.
+
+    Args:
+        samples: answers by who gave them: "policy", "reference", perhaps "generic".
+    """
+    by_user: dict[str, list[Sample]] = {}
+    for sample in samples["policy"]:
+        by_user.setdefault(sample.user_id, []).append(sample)
+    return {
+        "per_user": {user: _mean_words(group) for user, group in by_user.items()},
+        "generic": _mean_words(samples[GENERIC]) if GENERIC in samples else None,
+        "reference": _mean_words(samples["reference"]),
+    }
+
+
+def _mean_words(samples: Sequence[Sample]) -> float:
+    return float(np.mean([len(sample.response.split()) for sample in samples]))
 
 
 def win_rates(

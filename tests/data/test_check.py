@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prlhf.data.check import length_only_accuracy, make_report
+from prlhf.data.check import length_only_accuracy, majority_share, make_report
 from prlhf.data.records import PreferenceData, PreferenceRow
 
 
@@ -34,6 +34,13 @@ def test_length_alone_takes_each_users_majority_and_half_of_equal_lengths() -> N
 def test_length_alone_gives_unseen_users_the_rule_of_most_training_rows() -> None:
     train = [row(str(n), "u", SHORT, LONG) for n in range(3)] + [row("9", "v", LONG, SHORT)]
     assert length_only_accuracy(train, [row("4", "new", SHORT, LONG)]) == 1.0
+
+
+def test_one_preference_for_all_gets_the_share_of_the_more_frequent_taste_and_half_of_equal_lengths() -> None:
+    longer, shorter, equal = row("1", "u", LONG, SHORT), row("2", "v", SHORT, LONG), row("3", "u", "same1", "same2")
+    assert majority_share([*[longer] * 3, shorter]) == majority_share([*[shorter] * 3, longer]) == 0.75
+    assert majority_share([longer, equal]) == 0.75
+    assert majority_share([]) is None
 
 
 def test_the_report_shows_prompt_masked_and_response_scored_as_the_batch_has_them(toy: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 from prlhf.data.prepare import add_prepare_arguments, run_prepare
 from prlhf.data.prepared import load_prepared
 from prlhf.errors import DataError
+from tests.data.test_tldr import NAMES, write_release
 
 
 def prepare(*arguments: str) -> int:
@@ -47,11 +48,22 @@ def test_the_builtin_world_can_be_written_as_a_prepared_directory(tmp_path: Path
     assert load_prepared(tmp_path / "out").user_ids() == ["P1A", "P1B", "P2A", "P2B", "P3A", "P3B"]
 
 
+def test_the_comparisons_of_tldr_are_prepared_by_name(tmp_path: Path) -> None:
+    raw = write_release(tmp_path / "raw")
+    assert prepare("tldr", "--raw", str(raw), "--out", str(tmp_path / "out"), "--max-users", "3") == 0
+    assert load_prepared(tmp_path / "out").user_ids() == NAMES[:3]
+
+
 def test_options_of_another_format_are_refused(raw: str, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with pytest.raises(DataError, match="prepare psoups: --map, --drop, --opposed are for jsonl only"):
         prepare("psoups", "--raw", raw, "--out", out, "--map", "user_id=by")
-    with pytest.raises(DataError, match="prepare jsonl: --min-judgments, --max-users, --hold-out are for convarg only"):
+    with pytest.raises(DataError, match="prepare jsonl: --max-users are for convarg and tldr only"):
         prepare("jsonl", "--raw", raw, "--out", out, "--max-users", "3")
+    with pytest.raises(DataError, match="prepare tldr: --min-judgments, --hold-out are for convarg only"):
+        prepare("tldr", "--raw", raw, "--out", out, "--hold-out", "debates")
+    for format_name in ("tldr", "builtin:tldr"):
+        with pytest.raises(DataError, match=f"{format_name}: --unseen-users, --eval-prompts are for jsonl"):
+            prepare(format_name, "--out", out, "--unseen-users", "0.5")
     with pytest.raises(DataError, match="prepare convarg: no --raw PATH"):
         prepare("convarg", "--out", out)

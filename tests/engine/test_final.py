@@ -26,7 +26,7 @@ DOCUMENTED = {
     "experiment", "method", "step", "seed", "accuracy", "per_user", "win_rate", "on_side", "slices", "throughput",
     "seconds", "seconds_setup", "seconds_eval", "per_unseen_user",
 }
-FURTHER = {"user_model", "data", "length_only", "text", "skipped_steps", "tax"}
+FURTHER = {"user_model", "data", "length_only", "majority", "text", "words", "skipped_steps", "tax"}
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +52,11 @@ def test_the_keys_are_the_documented_ones(tiny: Tiny, tmp_path: Path) -> None:
     for name in ("seen", "unseen", "generic"):
         assert set(final["accuracy"][name]) == BLOCK, name
     assert set(final["throughput"]) == THROUGHPUT
-    assert final["win_rate"] is final["on_side"] is final["text"] is final["tax"] is None
+    assert final["win_rate"] is final["on_side"] is final["text"] is final["words"] is final["tax"] is None
     assert {user: set(figures) for user, figures in final["per_user"].items()} == {
         user: {"accuracy", "generic_accuracy", "num_rows"} for user in ("ann", "bob")
     }
-    assert set(final["slices"]["length_gap_20"]) >= {"seen", "unseen", "generic", "per_user"}
+    assert set(final["slices"]["length_gap_20"]) == {*final["accuracy"], "per_user", "per_unseen_user", "majority"}
     assert (final["experiment"], final["method"], final["step"], final["seed"]) == ("tiny", "pdpo", 1, 1)
 
 
@@ -76,13 +76,15 @@ def test_a_run_of_the_built_in_world_is_judged(world_run: Path) -> None:
     assert final["text"]["policy"]["num_samples"] == 2 * len(users)
     assert (final["tax"]["source"], final["tax"]["num_texts"]) == ("builtin:text", 8)
     assert final["tax"]["num_users"] == len(users)
+    assert list(final["words"]["per_user"]) == users
+    assert min(final["words"]["generic"], final["words"]["reference"]) >= 0
 
 
 def test_samples_are_kept_beside_the_figures(world_run: Path) -> None:
-    for name in ("policy", "reference"):
+    for name, num_users in (("policy", 6), ("reference", 6), ("generic", 1)):
         lines = (world_run / "samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
-        assert len(records) == 12
+        assert len(records) == 2 * num_users
         assert set(records[0]) == {"user_id", "prompt", "response", "nll_per_token", "num_tokens"}
 
 
@@ -139,26 +141,33 @@ def test_shares_are_counted_over_rows_and_users(figures: dict[str, Any]) -> None
     assert 0 <= low < 0.6 < high <= 1
 
 
+def test_the_share_of_one_preference_for_all_stands_beside_the_accuracies(figures: dict[str, Any]) -> None:
+    """The chosen response is the longer one in every row."""
+    assert figures["majority"] == figures["slices"]["length_gap_20"]["majority"] == {"seen": 1.0, "unseen": 1.0}
+
+
 def test_the_slice_holds_the_rows_with_a_length_gap(figures: dict[str, Any]) -> None:
     part = figures["slices"]["length_gap_20"]
-    # by hand: 1/5 of the longer one is a gap, so pairs 3 and 4 (5 and 4 characters) belong to it too
-    assert part["seen"]["num_rows"] == 5
-    assert part["unseen"] is None
+    # by hand: 1/5 of the longer one is a gap, so pairs 3 to 6 (5 and 4 characters) belong to it too
+    assert (part["seen"]["num_rows"], part["unseen"]["num_rows"]) == (5, 3)
+    assert part["per_unseen_user"] == {"cat": 1.0, "dan": 0.5}
 
 
 def test_a_gap_below_a_fifth_is_left_out(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     near = PreferenceRow(pair_id="1", user_id="ann", prompt="p", chosen="a" * 10, rejected="a" * 9)
     rows = [near, row("bob", "2", "a")]
+    unseen = [PreferenceRow(pair_id="3", user_id="cat", prompt="p", chosen="a" * 9, rejected="a" * 10)]
     margins = {
         2: PairMargins(rows, np.array([1.0, -1.0]), np.array([1.0, 1.0]), np.zeros(2)),
-        0: PairMargins([], np.zeros(0), np.zeros(0), np.zeros(0)),
+        1: PairMargins(unseen, np.zeros(1), np.array([1.0]), np.zeros(1)),
     }
     monkeypatch.setattr(final_module, "score_pairs", lambda policy, rows, *_, **__: margins[len(rows)])
     job = perturbed_job(tiny.config())
     evaluator = Evaluator(job.config, job.model, pad_id=0, autocast=job.autocast, on_batch=lambda: None)
-    part = evaluator.accuracy(rows, [])["slices"]["length_gap_20"]
+    part = evaluator.accuracy(rows, unseen)["slices"]["length_gap_20"]
     assert (part["seen"]["num_rows"], part["seen"]["mean"], part["generic"]["mean"]) == (1, 0.0, 1.0)
     assert set(part["per_user"]) == {"bob"}
+    assert part["unseen"] is None and part["majority"]["unseen"] is None
 
 
 def test_sft_without_a_usable_dev_row_still_ends(tiny: Tiny, tmp_path: Path) -> None:

@@ -109,6 +109,24 @@ def test_the_tax_of_runs_stands_beside_the_vanilla_ones() -> None:
     assert format_tax_comparison({"old": final_of()}) == ""
 
 
+def test_shares_of_one_preference_and_pairs_apart_in_length_stand_below() -> None:
+    apart = {"seen": block(0.875), "generic": block(0.5), "unseen": None, "majority": {"seen": 0.6, "unseen": None}}
+    final = final_of(majority={"seen": 0.7, "unseen": 0.8}, slices={"length_gap_20": apart})
+    rows = cells(format_figures(final))
+    assert ["seen users, own embedding, lengths 20% apart", "0.875", "0.775 to 0.975", "0.250", "8", "2"] in rows
+    assert ["one preference for all, seen users", "0.700"] in rows
+    assert ["one preference for all, unseen users", "0.800"] in rows
+    assert ["one preference for all, lengths 20% apart, seen users", "0.600"] in rows
+    assert not any("apart, unseen" in row[0] or row[0].startswith("unseen users, generic user,") for row in rows)
+
+
+def test_generated_answers_add_their_words_for_users_generic_user_and_reference() -> None:
+    words = {"per_user": {"ann": 7.25, "bob": 20.0}, "generic": None, "reference": 12.0}
+    rows = cells(format_figures(final_of(words=words)))
+    assert ["ann", "1.000", "0.500", "4", "7.2"] in rows and ["bob", "0.250", "0.750", "4", "20.0"] in rows
+    assert rows[-2:] == [["(generic)", "", "", "", "-"], ["(reference)", "", "", "", "12.0"]]
+
+
 def test_without_evaluation_rows_it_says_so() -> None:
     empty = dict.fromkeys(("seen", "generic", "unseen", "reference_logps"))
     assert "no evaluation rows" in format_figures(final_of(accuracy=empty, per_user={}))

@@ -23,6 +23,7 @@ from prlhf.evaluation.samples import (
     text_quality,
     user_indices,
     win_rates,
+    words_per_user,
 )
 from prlhf.generation import SamplingOptions
 from tests.tiny_run import Tiny, perturbed_job
@@ -120,6 +121,15 @@ def test_text_quality_leaves_empty_answers_out_of_the_nll() -> None:
 
 def test_answers_that_are_all_empty_have_no_nll() -> None:
     assert text_quality([sample("P2A", "", nll=math.nan)], RuleJudge())["nll_per_token"] is None
+
+
+def test_words_are_counted_for_each_user_the_generic_one_and_the_reference() -> None:
+    policy = [sample("ann", "one two"), sample("ann", "one two three four"), sample("bob", "")]
+    reference = [sample("ann", "one"), sample("bob", "one two")]
+    generic = [sample("generic", "one two three")]
+    words = words_per_user({"policy": policy, "reference": reference, "generic": generic})
+    assert words == {"per_user": {"ann": 3.0, "bob": 0.0}, "generic": 3.0, "reference": 1.5}
+    assert words_per_user({"policy": policy, "reference": reference})["generic"] is None, "a model without users"
 
 
 def test_wins_ties_and_losses_are_counted_answer_by_answer() -> None:

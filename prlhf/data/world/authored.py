@@ -97,6 +97,35 @@ class GeneralText:
     topics: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Situation:
+    """A quandary that posts tell of, in sentences with {slots}.
+
+    Args:
+        titles: of the post; any of them.
+        slots: name -> what may stand there; all combinations make sense.
+        points: in order, each as the post tells it and as a summary does.
+        question: likewise.
+        gists: the whole in one short sentence; any of them.
+    """
+
+    titles: tuple[str, ...]
+    slots: dict[str, tuple[str, ...]]
+    points: tuple[tuple[str, str], ...]
+    question: tuple[str, str]
+    gists: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PostText:
+    """What posts are made of; no sentence of a held-out situation stands in another one."""
+
+    openers: tuple[str, ...]
+    closers: tuple[str, ...]
+    training: tuple[Situation, ...]
+    heldout: tuple[Situation, ...]
+
+
 @cache
 def load_topics() -> tuple[Topic, ...]:
     """All authored topics, file by file."""
@@ -166,6 +195,24 @@ def load_topic_file(name: str) -> tuple[Topic, ...]:
             facts=tuple(Fact(fact["question"], Wording(fact["simple"], fact["expert"])) for fact in entry["facts"]),
         )
         for entry in _load_json(f"topics/{name}.json")
+    )
+
+
+@cache
+def load_posts() -> PostText:
+    """The authored text of posts and their summaries."""
+    data = _load_json("posts.json")
+    training, heldout = (tuple(map(_situation, data[part])) for part in ("training", "heldout"))
+    return PostText(tuple(data["openers"]), tuple(data["closers"]), training, heldout)
+
+
+def _situation(entry: dict[str, Any]) -> Situation:
+    return Situation(
+        titles=tuple(entry["titles"]),
+        slots={name: tuple(values) for name, values in entry["slots"].items()},
+        points=tuple((text, summary) for text, summary in entry["points"]),
+        question=(entry["question"][0], entry["question"][1]),
+        gists=tuple(entry["gists"]),
     )
 
 
