@@ -14,6 +14,7 @@ from prlhf.data.splits import split_preferences, split_responses
 from prlhf.errors import DataError
 
 BUILTIN_PSOUPS = "builtin:psoups"
+BUILTIN_PRISM = "builtin:prism"
 BUILTIN_TEXT = "builtin:text"
 BUILTIN_TEXT_SECOND = "builtin:text2"
 logger = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ def load_preference_data(
     """Load preference rows.
 
     Args:
-        source: "builtin:psoups", a prepared directory, or one .jsonl file, which is split in memory and says so.
+        source: "builtin:psoups", "builtin:prism", a prepared directory, or one .jsonl file, which is split in memory
+            and says so.
         seed: of a built-in world, or of the split of a single file.
         eval_prompts: share of a single file's prompts held out.
         unseen_users: share of a single file's users held out.
@@ -36,7 +38,11 @@ def load_preference_data(
         from prlhf.data.world.psoups import build_psoups
 
         return build_psoups(seed)
-    path = _existing(source, (BUILTIN_PSOUPS,))
+    if source == BUILTIN_PRISM:
+        from prlhf.data.world.prism import build_prism
+
+        return build_prism(seed)
+    path = _existing(source, (BUILTIN_PSOUPS, BUILTIN_PRISM))
     if path.is_dir():
         return load_prepared(path, on_bad_row=on_bad_row)
     located = read_preferences(path, on_bad_row)
@@ -58,8 +64,8 @@ def load_response_rows(
     here; a file of other rows gives 5% of its prompts to dev.
 
     Args:
-        source: "builtin:text", "builtin:text2" (its second stage), "builtin:psoups", a directory with train.jsonl (and
-            dev.jsonl), or one .jsonl file.
+        source: "builtin:text", "builtin:text2" (its second stage), "builtin:psoups", "builtin:prism", a directory with
+            train.jsonl (and dev.jsonl), or one .jsonl file.
         seed: see load_preference_data, as for the others.
     Raises: DataError: no such source, or bad data; file and line are named.
     """
@@ -67,9 +73,9 @@ def load_response_rows(
         from prlhf.data.world.text import build_text
 
         return build_text(seed, second_stage=source == BUILTIN_TEXT_SECOND)
-    if source == BUILTIN_PSOUPS:
+    if source in (BUILTIN_PSOUPS, BUILTIN_PRISM):
         return _chosen(load_preference_data(source, seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users))
-    path = _existing(source, (BUILTIN_TEXT, BUILTIN_TEXT_SECOND, BUILTIN_PSOUPS))
+    path = _existing(source, (BUILTIN_TEXT, BUILTIN_TEXT_SECOND, BUILTIN_PSOUPS, BUILTIN_PRISM))
     if path.is_dir():
         train, dev = path / "train.jsonl", path / "dev.jsonl"
         if not train.is_file():

@@ -8,12 +8,15 @@ from pathlib import Path
 
 from prlhf.data.convarg import prepare_convarg
 from prlhf.data.jsonl_prepare import JsonlOptions, prepare_jsonl
-from prlhf.data.load import BUILTIN_PSOUPS, load_preference_data
+from prlhf.data.load import BUILTIN_PRISM, BUILTIN_PSOUPS, load_preference_data
 from prlhf.data.prepared import PreparedSummary, check_writable, write_prepared
+from prlhf.data.prism import prepare_prism
 from prlhf.data.psoups import prepare_psoups
 from prlhf.errors import DataError
 
-FORMATS = ("jsonl", "psoups", "convarg", BUILTIN_PSOUPS)
+BUILTIN_WORLDS = (BUILTIN_PSOUPS, BUILTIN_PRISM)
+FORMATS = ("jsonl", "psoups", "prism", "convarg", *BUILTIN_WORLDS)
+PRISM_UNSEEN_USERS = 0.1
 CONVARG_MIN_JUDGMENTS = 40
 
 
@@ -22,7 +25,8 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("format", metavar="FORMAT", choices=FORMATS, help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--raw", type=Path, metavar="PATH", help="the raw file (jsonl) or folder")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the prepared directory appears")
-    parser.add_argument("--unseen-users", type=float, default=0.0, metavar="SHARE", help="of the users, held out")
+    parser.add_argument("--unseen-users", type=float, metavar="SHARE",
+                        help=f"of the users, held out (default: 0; prism: {PRISM_UNSEEN_USERS})")
     parser.add_argument("--eval-prompts", type=float, default=0.1, metavar="SHARE", help="of the prompts, held out")
     parser.add_argument("--seed", type=int, default=123)
     parser.add_argument("--force", action="store_true", help="replace an earlier prepared directory")
@@ -52,15 +56,20 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> PreparedSummary:
     _refuse_foreign_options(args)
-    if args.format == BUILTIN_PSOUPS:
+    if args.format in BUILTIN_WORLDS:
         check_writable(args.out, force=args.force)
         data = load_preference_data(args.format, seed=args.seed, eval_prompts=0.0, unseen_users=0.0)
         return write_prepared(args.out, data, force=args.force)
     if args.raw is None:
         raise DataError(f"prlhf data prepare {args.format}: no --raw PATH; name the raw file or folder")
-    shares = {"unseen_users": args.unseen_users, "eval_prompts": args.eval_prompts}
+    unseen_users = PRISM_UNSEEN_USERS if args.format == "prism" else 0.0
+    if args.unseen_users is not None:
+        unseen_users = args.unseen_users
+    shares = {"unseen_users": unseen_users, "eval_prompts": args.eval_prompts}
     if args.format == "psoups":
         return prepare_psoups(args.raw, args.out, **shares, seed=args.seed, force=args.force)
+    if args.format == "prism":
+        return prepare_prism(args.raw, args.out, **shares, seed=args.seed, force=args.force)
     if args.format == "convarg":
         return prepare_convarg(
             args.raw, args.out, **shares, seed=args.seed, force=args.force,

@@ -87,6 +87,8 @@ def _headline(final: Mapping[str, Any]) -> str:
         for name, value in length_only.items()
         if value is not None
     ]
+    if final.get("ceiling") is not None:
+        rows.append(["best possible, by the labels' noise", _share(final["ceiling"]), "", "", "", ""])
     return make_table(["reward accuracy", "mean", "95% interval", "worst user", "rows", "users"], rows)
 
 
