@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prlhf.data.prepare import add_prepare_arguments, run_prepare
 from prlhf.data.prepared import load_prepared
 from prlhf.data.prism import Dialogue, describe_person, prepare_prism, read_prism, split_dialogues
 from prlhf.data.records import Message, PreferenceRow
@@ -188,6 +190,19 @@ def test_the_prepared_directory_keeps_each_text_once_and_gives_it_to_every_row(t
         assert f"; age: {row.user_id.removeprefix('user')} years old; " in row.user_text
         assert row.user_text == users[row.user_id]["user_text"]
     assert len(data.eval_unseen) == 4 * 3 and len(data.eval_seen) == 9 * 3
+
+
+def test_the_command_holds_out_a_tenth_of_the_people_unless_told_otherwise(tmp_path: Path) -> None:
+    talks = [conversation(2 * user + number, user, [{**each, "content": f"{user} {number} {each['content']}"}
+                                                    for each in TWO_TURNS]) for user in range(20) for number in (0, 1)]
+    raw = write_raw(tmp_path / "raw", [person(number) for number in range(20)], talks)
+    parser = argparse.ArgumentParser()
+    add_prepare_arguments(parser)
+    for share, num_unseen in ((None, 2), ("0.5", 10)):
+        options = [] if share is None else ["--unseen-users", share]
+        out = tmp_path / str(share)
+        assert run_prepare(parser.parse_args(["prism", "--raw", str(raw), "--out", str(out), *options])) == 0
+        assert len({row.user_id for row in load_prepared(out).eval_unseen}) == num_unseen
 
 
 @pytest.mark.parametrize(
