@@ -107,13 +107,8 @@ class _Dialogues:
         """
         rng = self._rng
         axes = rng.sample(list(AXES), rng.choice(TURNS))
-        topic = rng.choice(topics) if topics else None
-        prompts, facts = self._ask(topic, len(axes))
-        while prompts[0] in self._openings:
-            topic = rng.choice(topics) if topics else None
-            prompts, facts = self._ask(topic, len(axes))
         name = f"{split}-{len(self._openings):04d}"
-        self._openings.add(prompts[0])
+        topic, prompts, facts = self._open(topics, len(axes))
         history: list[Message] = []
         rows = []
         for turn, (axis, prompt, fact) in enumerate(zip(axes, prompts, facts, strict=True)):
@@ -126,6 +121,17 @@ class _Dialogues:
             )
             history.append(Message("assistant", chosen))
         return rows
+
+    def _open(
+        self, topics: Sequence[Topic] | None, num_turns: int
+    ) -> tuple[Topic | None, list[str], list[int]]:
+        """A topic with questions and facts as of `_ask`, the first in words that open no other dialogue."""
+        while True:
+            topic = self._rng.choice(topics) if topics else None
+            prompts, facts = self._ask(topic, num_turns)
+            if prompts[0] not in self._openings:
+                self._openings.add(prompts[0])
+                return topic, prompts, facts
 
     def _ask(self, topic: Topic | None, num_turns: int) -> tuple[list[str], list[int]]:
         """Questions about one topic, and the facts that they ask for (any numbers for a topic without known ones)."""
