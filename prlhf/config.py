@@ -20,11 +20,14 @@ class DataConfig:
 
     `source` is `builtin:NAME`, a prepared directory, or one .jsonl file. `seed` draws a built-in world and the split
     of a single file; `eval_prompts` and `unseen_users` are that split's shares. The user tokens count in `max_tokens`.
+    `user_text: prompt` puts what is known about a row's user in front of the prompt, for every term and the reference;
+    `none` leaves it to user models that read it.
     """
 
     source: str = "builtin:psoups"
     max_tokens: int = 1024
     max_prompt_tokens: int = 512
+    user_text: Literal["prompt", "none"] = "prompt"
     on_bad_row: Literal["error", "skip"] = "error"
     eval_prompts: float = 0.1
     unseen_users: float = 0.0

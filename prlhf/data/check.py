@@ -24,6 +24,7 @@ def make_report(
     max_tokens: int = 1024,
     max_prompt_tokens: int = 512,
     num_user_tokens: int = 0,
+    with_user_text: bool = True,
 ) -> str:
     """Text report on preference data.
 
@@ -35,7 +36,12 @@ def make_report(
     """
     sections = [f"data: {data.source}", _splits(data)]
     if tokenizer is not None:
-        limits = {"max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens, "num_user_tokens": num_user_tokens}
+        limits = {
+            "max_tokens": max_tokens,
+            "max_prompt_tokens": max_prompt_tokens,
+            "num_user_tokens": num_user_tokens,
+            "with_user_text": with_user_text,
+        }
         sections += [_rendered(data, tokenizer, limits), _token_lengths(data, tokenizer, limits)]
     sections += [_character_lengths(data), _users(data), _duplicates(data), _leaks(data), _length_only(data)]
     return "\n\n".join(sections) + "\n"
@@ -87,7 +93,7 @@ def _splits(data: PreferenceData) -> str:
     return "\n".join(["splits", *lines])
 
 
-def _rendered(data: PreferenceData, tokenizer: Any, limits: dict[str, int]) -> str:
+def _rendered(data: PreferenceData, tokenizer: Any, limits: dict[str, Any]) -> str:
     """The first rows as their token ids read, taken from the batch that training would build."""
     rows = tokenize_pairs(data.train[:SHOWN_ROWS], tokenizer, UserIndex(data.user_ids()), **limits).rows
     lines = ["rendered rows (the scored part, where labels are not masked, stands between << and >>)"]
@@ -110,7 +116,7 @@ def _show(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
     return f"{ascii(tokenizer.decode(masked))} <<{ascii(tokenizer.decode(scored))}>>"
 
 
-def _token_lengths(data: PreferenceData, tokenizer: Any, limits: dict[str, int]) -> str:
+def _token_lengths(data: PreferenceData, tokenizer: Any, limits: dict[str, Any]) -> str:
     lines = [f"tokens (limits: {', '.join(f'{name} {value}' for name, value in limits.items())})"]
     for name, rows in _parts(data):
         tokenized = tokenize_pairs(rows, tokenizer, None, **limits)

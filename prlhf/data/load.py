@@ -15,7 +15,8 @@ from prlhf.errors import DataError
 
 BUILTIN_PSOUPS = "builtin:psoups"
 BUILTIN_TLDR = "builtin:tldr"
-BUILTIN_PREFERENCES = (BUILTIN_PSOUPS, BUILTIN_TLDR)
+BUILTIN_PRISM = "builtin:prism"
+BUILTIN_PREFERENCES = (BUILTIN_PSOUPS, BUILTIN_TLDR, BUILTIN_PRISM)
 BUILTIN_TEXT = "builtin:text"
 BUILTIN_TEXT_SECOND = "builtin:text2"
 BUILTIN_TLDR_TEXT = "builtin:tldr_text"
@@ -30,8 +31,8 @@ def load_preference_data(
     """Load preference rows.
 
     Args:
-        source: "builtin:psoups", "builtin:tldr", a prepared directory, or one .jsonl file, which is split in memory and
-            says so.
+        source: "builtin:psoups", "builtin:tldr", "builtin:prism", a prepared directory, or one .jsonl file, which is
+            split in memory and says so.
         seed: of a built-in world, or of the split of a single file.
         eval_prompts: share of a single file's prompts held out.
         unseen_users: share of a single file's users held out.
@@ -46,6 +47,10 @@ def load_preference_data(
         from prlhf.data.world.tldr import build_tldr
 
         return build_tldr(seed)
+    if source == BUILTIN_PRISM:
+        from prlhf.data.world.prism import build_prism
+
+        return build_prism(seed)
     path = _existing(source, BUILTIN_PREFERENCES)
     if path.is_dir():
         return load_prepared(path, on_bad_row=on_bad_row)

@@ -11,12 +11,14 @@ from prlhf.data.convarg import prepare_convarg
 from prlhf.data.jsonl_prepare import JsonlOptions, prepare_jsonl
 from prlhf.data.load import BUILTIN_PREFERENCES, load_preference_data
 from prlhf.data.prepared import PreparedSummary, check_writable, write_prepared
+from prlhf.data.prism import prepare_prism
 from prlhf.data.psoups import prepare_psoups
 from prlhf.data.tldr import MAX_USERS, prepare_tldr
 from prlhf.errors import DataError
 
-FORMATS = ("jsonl", "psoups", "tldr", "convarg", *BUILTIN_PREFERENCES)
+FORMATS = ("jsonl", "psoups", "tldr", "prism", "convarg", *BUILTIN_PREFERENCES)
 EVAL_PROMPTS = 0.1
+PRISM_UNSEEN_USERS = 0.1
 CONVARG_MIN_JUDGMENTS = 40
 
 
@@ -25,7 +27,8 @@ def add_prepare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("format", metavar="FORMAT", choices=FORMATS, help=f"one of {', '.join(FORMATS)}")
     parser.add_argument("--raw", type=Path, metavar="PATH", help="the raw file (jsonl) or folder")
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the prepared directory appears")
-    parser.add_argument("--unseen-users", type=float, default=0.0, metavar="SHARE", help="of the users, held out")
+    parser.add_argument("--unseen-users", type=float, metavar="SHARE",
+                        help=f"of the users, held out (default: 0; prism: {PRISM_UNSEEN_USERS})")
     parser.add_argument("--eval-prompts", type=float, default=EVAL_PROMPTS, metavar="SHARE",
                         help="of the prompts, held out")
     parser.add_argument("--seed", type=int, default=123)
@@ -66,9 +69,14 @@ def _prepare(args: argparse.Namespace) -> PreparedSummary:
     if args.format == "tldr":
         max_users = MAX_USERS if args.max_users is None else args.max_users
         return prepare_tldr(args.raw, args.out, seed=args.seed, max_users=max_users, force=args.force)
-    shares = {"unseen_users": args.unseen_users, "eval_prompts": args.eval_prompts}
+    unseen_users = PRISM_UNSEEN_USERS if args.format == "prism" else 0.0
+    if args.unseen_users is not None:
+        unseen_users = args.unseen_users
+    shares = {"unseen_users": unseen_users, "eval_prompts": args.eval_prompts}
     if args.format == "psoups":
         return prepare_psoups(args.raw, args.out, **shares, seed=args.seed, force=args.force)
+    if args.format == "prism":
+        return prepare_prism(args.raw, args.out, **shares, seed=args.seed, force=args.force)
     if args.format == "convarg":
         return prepare_convarg(
             args.raw, args.out, **shares, seed=args.seed, force=args.force,
@@ -87,7 +95,8 @@ def _refuse_foreign_options(args: argparse.Namespace) -> None:
         ),
         "--max-users": (("convarg", "tldr"), args.max_users is not None),
         "--unseen-users, --eval-prompts": (
-            ("jsonl", "psoups", "convarg"), args.unseen_users != 0 or args.eval_prompts != EVAL_PROMPTS
+            ("jsonl", "psoups", "prism", "convarg"),
+            args.unseen_users is not None or args.eval_prompts != EVAL_PROMPTS,
         ),
     }
     messages = [

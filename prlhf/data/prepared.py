@@ -61,10 +61,12 @@ def write_prepared(
     replaced = directory.with_name(f".{directory.name}.old-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
+        users = None if data.declared_users is None else _declared(data, data.declared_users)
         for name in SPLITS:
-            write_jsonl(temporary / f"{name}.jsonl", (record_from_row(row) for row in getattr(data, name)))
-        if data.declared_users is not None:
-            write_jsonl(temporary / USERS_FILE, [_declared(data, data.declared_users)])
+            rows = getattr(data, name) if users is None else _without_texts(getattr(data, name), users)
+            write_jsonl(temporary / f"{name}.jsonl", map(record_from_row, rows))
+        if users is not None:
+            write_jsonl(temporary / USERS_FILE, [users])
         if directory.exists():
             directory.rename(replaced)
         temporary.rename(directory)
@@ -112,7 +114,7 @@ def load_prepared(directory: Path, *, on_bad_row: OnBadRow = "error") -> Prefere
                    for name, rows in located.items()}
     _check_pairs(located)
     _check_users(located, users)
-    rows = {name: clean_and_warn(directory / f"{name}.jsonl", part) for name, part in located.items()}
+    rows: dict[str, Any] = {name: clean_and_warn(directory / f"{name}.jsonl", part) for name, part in located.items()}
     if not rows["train"]:
         raise DataError(f"{directory / 'train.jsonl'}: no usable rows; training needs at least one")
     declared = None if users is None else tuple(user_id for user_id, user in users.items() if user["split"] == "seen")
@@ -173,9 +175,18 @@ def _check_users(located: Mapping[str, Located], users: Mapping[str, dict[str, s
 
 
 def _declared(data: PreferenceData, seen: Sequence[str]) -> dict[str, dict[str, str]]:
-    """users.json; the rows carry the user texts."""
-    unseen = dict.fromkeys(row.user_id for row in data.eval_unseen)
-    return {user_id: {"split": "seen"} for user_id in seen} | {user_id: {"split": "unseen"} for user_id in unseen}
+    """users.json, with the texts of users whose rows all carry the same one."""
+    texts = data.user_texts()
+    splits = dict.fromkeys(seen, "seen") | dict.fromkeys((row.user_id for row in data.eval_unseen), "unseen")
+    return {
+        user_id: {"user_text": texts[user_id], "split": split} if user_id in texts else {"split": split}
+        for user_id, split in splits.items()
+    }
+
+
+def _without_texts(rows: Sequence[PreferenceRow], users: Mapping[str, dict[str, str]]) -> list[PreferenceRow]:
+    """The rows without what users.json says of their users."""
+    return [replace(row, user_text="") if "user_text" in users[row.user_id] else row for row in rows]
 
 
 def _load_users(path: Path) -> dict[str, dict[str, str]] | None:

@@ -64,6 +64,7 @@ class PreferenceData:
     Args:
         source: where the rows come from, for messages and reports.
         declared_users: seen user ids in the order of users.json; None without one.
+        ceiling: expected accuracy of one who knows every user's taste, below 1 where labels are noisy; None: not known.
     """
 
     train: list[PreferenceRow]
@@ -72,12 +73,20 @@ class PreferenceData:
     eval_unseen: list[PreferenceRow]
     source: str
     declared_users: tuple[str, ...] | None = None
+    ceiling: float | None = None
 
     def user_ids(self) -> list[str]:
         """Seen users: the declared ones, else those of the training rows in order of first appearance."""
         if self.declared_users is not None:
             return list(self.declared_users)
         return list(dict.fromkeys(row.user_id for row in self.train))
+
+    def user_texts(self) -> dict[str, str]:
+        """What is known about each user in words; users without a text, or with several, are left out."""
+        texts: dict[str, set[str]] = {}
+        for row in (*self.train, *self.dev, *self.eval_seen, *self.eval_unseen):
+            texts.setdefault(row.user_id, set()).add(row.user_text)
+        return {user_id: text for user_id, (text, *others) in texts.items() if text and not others}
 
 
 class UserIndex:

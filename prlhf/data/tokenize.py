@@ -91,6 +91,7 @@ def tokenize_pairs(
     max_tokens: int,
     max_prompt_tokens: int,
     num_user_tokens: int,
+    with_user_text: bool = True,
 ) -> Tokenized[TokenizedPair]:
     """Tokenize preference rows.
 
@@ -102,6 +103,7 @@ def tokenize_pairs(
         max_tokens: for user tokens, prompt and response together.
         max_prompt_tokens: BOS included; see `encode_prompt` for what is cut.
         num_user_tokens: length T of the soft prompt; 0 without users.
+        with_user_text: whether the rows' user texts stand in front of their prompts.
     Raises: DataError: an unknown user, or a prompt that cannot be rendered, naming the pair.
     """
     kept: list[TokenizedPair] = []
@@ -110,7 +112,8 @@ def tokenize_pairs(
     for position, row in enumerate(rows):
         user_id = GENERIC_USER_ID if user_index is None else user_index.index(row.user_id)
         reason = unusable_reason(row)
-        prompt_ids = None if reason else prompts(row.prompt, row.user_text, f"pair {quote(row.pair_id)}")
+        user_text = row.user_text if with_user_text else ""
+        prompt_ids = None if reason else prompts(row.prompt, user_text, f"pair {quote(row.pair_id)}")
         if prompt_ids is None:
             dropped[reason or "prompt_too_long"] += 1
             continue
@@ -127,7 +130,13 @@ def tokenize_pairs(
 
 
 def tokenize_responses(
-    rows: Sequence[ResponseRow], tokenizer: Any, *, max_tokens: int, max_prompt_tokens: int, num_user_tokens: int = 0
+    rows: Sequence[ResponseRow],
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    max_prompt_tokens: int,
+    num_user_tokens: int = 0,
+    with_user_text: bool = True,
 ) -> Tokenized[TokenizedResponse]:
     """Tokenize response rows, all of them the generic user's; running text may have an empty prompt.
 
@@ -142,7 +151,7 @@ def tokenize_responses(
         if not row.response.strip():
             dropped["empty_response"] += 1
             continue
-        prompt_ids = prompts(row.prompt, row.user_text, f"row {position}")
+        prompt_ids = prompts(row.prompt, row.user_text if with_user_text else "", f"row {position}")
         if prompt_ids is None:
             dropped["prompt_too_long"] += 1
             continue

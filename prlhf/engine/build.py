@@ -199,12 +199,13 @@ def make_objective(config: Config) -> Objective:
     )
 
 
-def tokenize_limits(config: Config, model: PersonalizedModel) -> dict[str, int]:
-    """Lengths for the tokenizer; the soft prompt's positions are inside the budget."""
+def tokenize_limits(config: Config, model: PersonalizedModel) -> dict[str, Any]:
+    """How rows are tokenized; the soft prompt's positions are inside the budget."""
     return {
         "max_tokens": config.data.max_tokens,
         "max_prompt_tokens": config.data.max_prompt_tokens,
         "num_user_tokens": model.soft_prompt.num_user_tokens,
+        "with_user_text": config.data.user_text == "prompt",
     }
 
 

@@ -29,6 +29,7 @@ def check_data(target: str, overrides: Sequence[str] = ()) -> str:
         max_tokens=config.data.max_tokens,
         max_prompt_tokens=config.data.max_prompt_tokens,
         num_user_tokens=0 if config.user.kind == "none" else config.user.num_user_tokens,
+        with_user_text=config.data.user_text == "prompt",
     )
 
 

@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,12 +127,24 @@ class Evaluator:
             tax = personalization_tax(self.model, tokenized, **self.scoring)
         return {"source": self.config.eval.neutral or BUILTIN_TEXT, **tax}
 
-    def generations(self, prompts: Sequence[Prompt], users: Sequence[str], judge: RuleJudge | None) -> dict[str, Any]:
-        """Answers of policy (the generic user's too) and reference, and what judge and reference say of them."""
-        ours, theirs = (self._sample(prompts, users, as_reference=reference) for reference in (False, True))
+    def generations(
+        self,
+        prompts: Sequence[Prompt],
+        users: Sequence[str],
+        judge: RuleJudge | None,
+        *,
+        user_texts: Mapping[str, str],
+    ) -> dict[str, Any]:
+        """Answers of policy (the generic user's too) and reference, and what judge and reference say of them.
+
+        Args:
+            user_texts: of users about whom something is known; in front of their prompts where training has it there.
+        """
+        texts = user_texts if self.config.data.user_text == "prompt" else {}
+        ours, theirs = (self._sample(prompts, users, texts, as_reference=reference) for reference in (False, True))
         samples = {"policy": ours, "reference": theirs}
         if self.model.user_encoder is not None:
-            samples["generic"] = self._sample(prompts, [GENERIC], as_reference=False)
+            samples["generic"] = self._sample(prompts, [GENERIC], {}, as_reference=False)
         made = {"samples": samples, "words": words_per_user(samples)}
         if judge is None:
             return {**made, "win_rate": None, "on_side": None, "text": None}
@@ -148,7 +160,9 @@ class Evaluator:
             },
         }
 
-    def _sample(self, prompts: Sequence[Prompt], users: Sequence[str], *, as_reference: bool) -> list[Sample]:
+    def _sample(
+        self, prompts: Sequence[Prompt], users: Sequence[str], texts: Mapping[str, str], *, as_reference: bool
+    ) -> list[Sample]:
         assert isinstance(self.model, PersonalizedPolicy)
         policy, settings = self.model, self.config.eval
         options = SamplingOptions(
@@ -168,14 +182,19 @@ class Evaluator:
                 as_reference=as_reference,
                 max_prompt_tokens=self.config.data.max_prompt_tokens,
                 batch_rows=settings.batch_rows,
+                user_texts=texts,
                 score=lambda answers: score_under_reference(
-                    policy, answers, self._tokenize_answers, **self.scoring
+                    policy, answers, lambda given: self._tokenize_answers(given, texts), **self.scoring
                 ),
                 on_batch=self.scoring["on_batch"],
             )
 
-    def _tokenize_answers(self, answers: Sequence[tuple[str, Prompt, str]]) -> list[TokenizedResponse]:
-        return self._tokenize_responses([ResponseRow(prompt=prompt, response=answer) for _, prompt, answer in answers])
+    def _tokenize_answers(
+        self, answers: Sequence[tuple[str, Prompt, str]], texts: Mapping[str, str]
+    ) -> list[TokenizedResponse]:
+        return self._tokenize_responses(
+            [ResponseRow(prompt, answer, texts.get(user, "")) for user, prompt, answer in answers]
+        )
 
     def _tokenize_responses(self, rows: Sequence[ResponseRow]) -> list[TokenizedResponse]:
         limits = tokenize_limits(self.config, self.model)
@@ -195,13 +214,16 @@ def evaluate_preferences(
         name: length_only_accuracy(data.train, rows)
         for name, rows in (("seen", data.eval_seen), ("unseen", data.eval_unseen))
     }
-    figures.update({"tax": evaluator.tax(neutral), "win_rate": None, "on_side": None, "text": None, "words": None})
+    figures.update({"tax": evaluator.tax(neutral), "ceiling": data.ceiling})
+    figures.update({"win_rate": None, "on_side": None, "text": None, "words": None})
     wanted = evaluator.config.eval.generate
     if not wanted or not data.eval_seen or not isinstance(evaluator.model, PersonalizedPolicy):
         return figures, {}
     judge = RuleJudge() if data.source == "builtin:psoups" else None
     prompts = list(dict.fromkeys(row.prompt for row in data.eval_seen))[:wanted]
-    generated = evaluator.generations(prompts, data.user_ids(), judge) if is_main() else {"samples": {}}
+    generated: dict[str, Any] = {"samples": {}}
+    if is_main():
+        generated = evaluator.generations(prompts, data.user_ids(), judge, user_texts=data.user_texts())
     barrier(timeout_s=GENERATION_TIMEOUT_S)
     samples = generated.pop("samples")
     return {**figures, **generated}, samples

@@ -12,6 +12,7 @@ from prlhf.errors import DataError
 
 COLUMN_WIDTH = 38
 NUM_SIDE_BY_SIDE = 3
+CEILING = "best possible under the labels' noise"
 
 
 def make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -78,6 +79,8 @@ def _headline(final: Mapping[str, Any]) -> str:
             for name, value in (shares or {}).items()
             if value is not None
         ]
+    if final.get("ceiling") is not None:
+        rows.append([CEILING, _share(final["ceiling"]), "", "", "", ""])
     return make_table(["reward accuracy", "mean", "95% interval", "worst user", "rows", "users"], rows)
 
 
@@ -237,6 +240,9 @@ def format_comparison(finals: Mapping[str, Mapping[str, Any]]) -> str:
                 *[_share(final["per_user"][user]["accuracy"]) if user in final["per_user"] else "-" for user in shown],
             ]
         )
+    ceiling, *others = {final.get("ceiling") for final in finals.values()}
+    if ceiling is not None and not others:
+        rows.append([CEILING, "-", _share(ceiling), *["-"] * (len(header) - 3)])
     return make_table(header, rows)
 
 

@@ -47,11 +47,17 @@ def sample_answers(
     max_prompt_tokens: int,
     batch_rows: int,
     score: Callable[..., list[Sample]],
+    user_texts: Mapping[str, str] | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
-    """Every user's answer to every prompt; from the reference when `as_reference`, which knows no user."""
+    """Every user's answer to every prompt; from the reference when `as_reference`, which knows no user but reads texts.
+
+    Args:
+        user_texts: what stands in front of a user's prompts; nothing for users who are not in it.
+    """
     pairs = [(user, prompt) for user in users for prompt in prompts]
     settings: dict[str, Any] = {"max_prompt_tokens": max_prompt_tokens, "batch_rows": batch_rows, "on_batch": on_batch}
+    settings["user_texts"] = [(user_texts or {}).get(user, "") for user, _ in pairs]
     texts = [prompt for _, prompt in pairs]
     if as_reference:
         options = dataclasses.replace(options, seed=options.seed + REFERENCE_SEED_OFFSET)

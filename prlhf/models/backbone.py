@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from prlhf.data.world.text import build_text
-from prlhf.data.world.tokenizer import train_tokenizer
+from prlhf.data.world.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from prlhf.errors import ModelError
 
 BUILTIN_TINY = "builtin:tiny"
@@ -193,6 +193,7 @@ def _is_causal(model: nn.Module) -> bool:
 def _make_scratch(seed: int, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     rows, _ = build_text(seed=0)
     tokenizer = train_tokenizer(text for row in rows for text in (str(row.prompt), row.response))
+    tokenizer.chat_template = CHAT_TEMPLATE
     config = AutoConfig.for_model(
         "llama",
         vocab_size=len(tokenizer),

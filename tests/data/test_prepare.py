@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from prlhf.data.load import load_preference_data
 from prlhf.data.prepare import add_prepare_arguments, run_prepare
 from prlhf.data.prepared import load_prepared
 from prlhf.errors import DataError
@@ -52,6 +53,13 @@ def test_the_comparisons_of_tldr_are_prepared_by_name(tmp_path: Path) -> None:
     raw = write_release(tmp_path / "raw")
     assert prepare("tldr", "--raw", str(raw), "--out", str(tmp_path / "out"), "--max-users", "3") == 0
     assert load_prepared(tmp_path / "out").user_ids() == NAMES[:3]
+
+
+def test_the_builtin_people_keep_their_texts_in_users_json(tmp_path: Path) -> None:
+    assert prepare("builtin:prism", "--out", str(tmp_path / "out"), "--seed", "5") == 0
+    data = load_prepared(tmp_path / "out")
+    assert data.train == load_preference_data("builtin:prism", seed=5, eval_prompts=0.0, unseen_users=0.0).train
+    assert "user_text" not in (tmp_path / "out" / "train.jsonl").read_text()
 
 
 def test_options_of_another_format_are_refused(raw: str, tmp_path: Path) -> None:

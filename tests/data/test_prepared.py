@@ -169,6 +169,26 @@ def test_users_json_orders_the_users_and_gives_their_texts(tmp_path: Path) -> No
     assert [entry.user_text for entry in (*loaded.train, *loaded.eval_unseen)] == ["", "A.", "C."]
 
 
+def test_a_text_that_all_rows_of_a_user_share_is_written_once_and_read_back_into_each(tmp_path: Path) -> None:
+    data = PreferenceData(
+        train=[replace(row("t", "b"), user_text="B."), replace(row("s", "b"), user_text="B."), row("s", "a"),
+               replace(row("t", "m"), user_text="One."), replace(row("s", "m"), user_text="Two.")],
+        dev=[],
+        eval_seen=[],
+        eval_unseen=[replace(row("e", "c"), user_text="C.")],
+        source="made here",
+        declared_users=("b", "a", "m"),
+    )
+    write_prepared(tmp_path / "out", data)
+    assert json.loads((tmp_path / "out" / "users.json").read_text()) == {
+        "b": {"user_text": "B.", "split": "seen"}, "a": {"split": "seen"}, "m": {"split": "seen"},
+        "c": {"user_text": "C.", "split": "unseen"},
+    }
+    assert "B." not in (tmp_path / "out" / "train.jsonl").read_text()
+    loaded = load_prepared(tmp_path / "out")
+    assert loaded.train == data.train and loaded.eval_unseen == data.eval_unseen
+
+
 @pytest.mark.parametrize(
     ("users", "message"),
     [

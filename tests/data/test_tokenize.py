@@ -64,6 +64,16 @@ def test_user_text_stands_in_front_of_the_prompt_and_the_same_prompt_serves_gene
     assert encode_prompt(toy, "What?", "I am six.", max_prompt_tokens=200) == list(row.prompt_ids)
 
 
+def test_user_text_stays_out_of_the_prompt_when_only_a_user_model_reads_it(toy: Any) -> None:
+    rows = [pair("What?", "a", "b", user_text="I am six.")]
+    (row,) = tokenize_pairs(rows, toy, None, **LIMITS, with_user_text=False).rows
+    assert toy.decode(row.prompt_ids) == "<|begin|>What?\n"
+    responses = [ResponseRow("What?", "a", "I am six.")]
+    for with_text, text in ((True, "I am six.\n"), (False, "")):
+        (given,) = tokenize_responses(responses, toy, **LIMITS, with_user_text=with_text).rows
+        assert toy.decode(given.prompt_ids) == f"<|begin|>{text}What?\n"
+
+
 def test_rows_get_the_index_of_their_user_or_the_generic_one(toy: Any) -> None:
     rows = [pair("p", "a", "b", "v"), pair("p", "b", "a", "u")]
     seen = tokenize_pairs(rows, toy, UserIndex(["u", "v"]), **LIMITS).rows

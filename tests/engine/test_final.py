@@ -26,7 +26,9 @@ DOCUMENTED = {
     "experiment", "method", "step", "seed", "accuracy", "per_user", "win_rate", "on_side", "slices", "throughput",
     "seconds", "seconds_setup", "seconds_eval", "per_unseen_user",
 }
-FURTHER = {"user_model", "data", "length_only", "majority", "text", "words", "skipped_steps", "tax"}
+FURTHER = {
+    "user_model", "data", "length_only", "majority", "ceiling", "text", "words", "skipped_steps", "tax",
+}
 
 
 @pytest.fixture(scope="module")

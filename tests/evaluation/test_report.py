@@ -72,6 +72,15 @@ def test_a_table_is_markdown_with_numbers_to_the_right() -> None:
     )
 
 
+def test_the_ceiling_of_noisy_labels_stands_beside_the_accuracies() -> None:
+    label = "best possible under the labels' noise"
+    assert [label, "0.900"] in [row[:2] for row in cells(format_figures(final_of(ceiling=0.9)))]
+    both = cells(format_comparison({"a": final_of(ceiling=0.9), "b": final_of(ceiling=0.9)}))
+    assert both[-1][:4] == [label, "-", "0.900", "-"] and len(both[-1]) == len(both[0])
+    for finals in ({"a": final_of()}, {"a": final_of(ceiling=0.9), "b": final_of()}):
+        assert label not in format_comparison(finals)
+
+
 def test_figures_show_each_block_and_each_user() -> None:
     rows = cells(format_figures(final_of()))
     assert ["seen users, own embedding", "0.750", "0.650 to 0.850", "0.250", "8", "2"] in rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,25 @@ def test_every_user_answers_every_prompt_in_order(job: Job) -> None:
     texts = [answer for *_, answer in by_reference[True]]
     assert texts[:2] == texts[2:4] == texts[4:], "the reference knows no user, and greedy answers do not vary"
     assert [answer for *_, answer in by_reference[False]] != texts
+
+
+@pytest.mark.parametrize("as_reference", [False, True])
+def test_what_is_known_about_a_user_stands_in_front_of_the_users_prompts_alone(job: Job, as_reference: bool) -> None:
+    options = SamplingOptions(max_new_tokens=6, temperature=0.0)
+
+    def answers(**settings: Any) -> list[str]:
+        samples = sample_answers(
+            job.model, ["One?"], ["ann", "bob"], options=options, as_reference=as_reference, max_prompt_tokens=64,
+            batch_rows=4, score=lambda given: given, **settings,
+        )
+        return [answer for *_, answer in samples]
+
+    plain, with_text = answers(), answers(user_texts={"bob": "I sail."})
+    in_the_prompt = sample_answers(
+        job.model, ["I sail.\nOne?"], ["bob"], options=options, as_reference=as_reference, max_prompt_tokens=64,
+        batch_rows=4, score=lambda given: given,
+    )
+    assert with_text == [plain[0], in_the_prompt[0][-1]] and with_text[1] != plain[1]
 
 
 def test_generic_is_0_and_known_users_count_from_1(job: Job, tiny: Tiny) -> None:

@@ -22,7 +22,8 @@ VARIANTS = [path for path in EXPERIMENTS if "_" in path.stem and base_of(path).i
 
 def test_there_are_experiments() -> None:
     names = {path.stem for path in EXPERIMENTS}
-    assert {"psoups", "psoups_vanilla", "psoups_cluster", "builtin_base"} <= names
+    variants = {base + suffix for base in ("psoups", "prism") for suffix in ("", "_vanilla", "_cluster")}
+    assert {*variants, "builtin_base"} <= names
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -11,14 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from prlhf.data.records import ResponseRow
+from prlhf.data.records import Message, ResponseRow
+from prlhf.data.tokenize import encode_prompt, render_prompt
+from prlhf.data.world.psoups import build_psoups
+from prlhf.data.world.tokenizer import CHAT_TEMPLATE
 from prlhf.errors import ModelError
 from prlhf.models import backbone
 from prlhf.models.backbone import (
     BUILTIN_SCRATCH,
+    BUILTIN_TINY,
+    builtin_model_dir,
     embedding_dim,
     hash_state,
     load_backbone,
+    load_tokenizer,
     pad_token_id,
     position_limit,
     save_backbone,
@@ -137,6 +143,27 @@ def test_scratch_weights_follow_the_seed_and_nobody_elses_random_state(monkeypat
     assert not first.training and position_limit(first) >= 1024
     assert first.get_input_embeddings().num_embeddings == len(tokenizer)
     assert [first.config.bos_token_id, first.config.eos_token_id] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+
+
+def test_one_question_reads_to_the_builtin_model_as_in_its_pretraining_text():
+    """The ids of the prompt and a newline behind BOS, as without a chat template; names of special tokens too."""
+    tokenizer = load_tokenizer(builtin_model_dir(), BUILTIN_TINY)
+    prompts = {row.prompt for row in build_psoups(0).eval_seen} | {"What is <eos>?", " Two\n\nlines ", "<bos>"}
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    for prompt in prompts:
+        plain = tokenizer.encode(f"{prompt}\n", add_special_tokens=False, split_special_tokens=True)
+        assert encode_prompt(tokenizer, prompt, max_prompt_tokens=100) == [tokenizer.bos_token_id, *plain]
+        with_text = tokenizer.encode(f"I am six.\n{prompt}\n", add_special_tokens=False, split_special_tokens=True)
+        ids = encode_prompt(tokenizer, prompt, "I am six.", max_prompt_tokens=100)
+        assert ids == [tokenizer.bos_token_id, *with_text]
+
+
+def test_earlier_turns_stand_in_front_in_plain_text_for_the_builtin_model():
+    tokenizer = load_tokenizer(builtin_model_dir(), BUILTIN_TINY)
+    turns = (Message("user", "What are bones?"), Message("assistant", "They hold us up."), Message("user", "And skin?"))
+    expected = "I am six.\nWhat are bones?\nThey hold us up.\nAnd skin?\n"
+    assert render_prompt(tokenizer, turns, "I am six.") == expected
 
 
 def test_a_missing_folder_and_an_unknown_builtin_are_refused(tmp_path):

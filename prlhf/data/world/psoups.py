@@ -60,7 +60,7 @@ def build_psoups(seed: int) -> PreferenceData:
         seed: draws prompts, styles, phrases and facts; the held-out topics are the same for every seed.
     """
     rng = random.Random(f"psoups {seed}")
-    tones = _draw_phrases(rng)
+    tones = draw_phrases(rng)
     training = make_requests(load_training_topics())
     heldout = make_requests(load_heldout_topics())
     rng.shuffle(training)
@@ -78,7 +78,7 @@ def build_psoups(seed: int) -> PreferenceData:
     )
 
 
-def _draw_phrases(rng: random.Random) -> Tones:
+def draw_phrases(rng: random.Random) -> Tones:
     """A world's phrases of either tone, drawn again until their lengths do not give the tone away."""
     while True:
         drawn: dict[bool, Tone] = {}

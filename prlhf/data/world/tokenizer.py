@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 4096
 BOS_TOKEN, EOS_TOKEN, PAD_TOKEN = "<bos>", "<eos>", "<pad>"
+# The built-in model's conversations: a line each for the system's text and every turn, no headers, so that one question
+# reads as in the pretraining text.
+CHAT_TEMPLATE = "{% for m in messages %}{% if m.content %}{{ m.content + '\\n' }}{% endif %}{% endfor %}"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:

@@ -1,0 +1,77 @@
+"""What is known about a user in words: prompt text in both terms and in evaluation, or in none of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prlhf.data.collate import collate_pairs
+from prlhf.data.records import PreferenceRow
+from prlhf.data.tokenize import TokenizedPair, tokenize_pairs
+from prlhf.engine import final
+from prlhf.engine.build import tokenize_limits
+from prlhf.engine.objective import ReferenceLogps
+from tests.tiny_run import Tiny, perturbed_job
+
+
+@pytest.fixture
+def texts(tiny: Tiny, tmp_path: Path) -> Path:
+    """The tiny data with a text about ann, who is seen, and about cat, who is not."""
+    data = tmp_path / "texts"
+    shutil.copytree(tiny.data, data)
+    users = {
+        "ann": {"user_text": "I sail.", "split": "seen"}, "bob": {"split": "seen"},
+        "cat": {"user_text": "I knit.", "split": "unseen"},
+    }
+    (data / "users.json").write_text(json.dumps(users))
+    return data
+
+
+@pytest.mark.parametrize(("method", "alpha"), [("pdpo", 0.0), ("pdpo", 0.5), ("prm", 0.0)])
+def test_the_generic_term_keeps_the_users_text_and_drops_only_the_id(
+    tiny: Tiny, texts: Path, method: str, alpha: float
+) -> None:
+    """The figures of the generic term are those of rows that spell the text out in the prompt, under the user 0."""
+    settings: dict[str, Any] = {"method": method, "loss__alpha": alpha, "data__source": str(texts)}
+    job = perturbed_job(tiny.config(**settings))
+    row = next(row for row in job.rows if row.user_id == 1)
+    assert isinstance(row, TokenizedPair) and job.preferences is not None
+    source = job.preferences.train[row.row]
+    spelled = dataclasses.replace(source, prompt=f"I sail.\n{source.prompt}", user_text="")
+    bare = dataclasses.replace(source, user_text="")
+
+    def generic_margin(rows: Sequence[TokenizedPair]) -> float:
+        reference = ReferenceLogps(torch.zeros(1), torch.zeros(1))
+        sums = job.objective(job.model, collate_pairs(rows, job.pad_id), reference).sums
+        return float(sums["generic/rewards/margins"])
+
+    def as_user_0(changed: PreferenceRow) -> list[TokenizedPair]:
+        return tokenize_pairs([changed], job.model.tokenizer, None, **tokenize_limits(job.config, job.model)).rows
+
+    assert generic_margin([row]) == pytest.approx(generic_margin(as_user_0(spelled)), abs=1e-6)
+    assert abs(generic_margin([row]) - generic_margin(as_user_0(bare))) > 1e-4
+
+
+@pytest.mark.parametrize("setting", ["prompt", "none"])
+def test_the_users_text_is_in_the_prompts_of_training_and_evaluation_or_in_neither(
+    tiny: Tiny, texts: Path, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = perturbed_job(tiny.config(data__source=str(texts), data__user_text=setting))
+    assert job.preferences is not None
+    scored: list[TokenizedPair] = []
+    score_pairs = final.score_pairs
+    monkeypatch.setattr(final, "score_pairs", lambda model, rows, tokenized, **options: (
+        scored.extend(tokenized), score_pairs(model, rows, tokenized, **options))[1])
+    evaluator = final.Evaluator(job.config, job.model, pad_id=0, autocast=job.autocast, on_batch=lambda: None)
+    evaluator.accuracy([], job.preferences.eval_unseen)
+    for user_id, text, rows in ((1, "I sail.", job.rows), (0, "I knit.", scored)):
+        prompts = [job.model.tokenizer.decode(row.prompt_ids) for row in rows if row.user_id == user_id]
+        assert prompts and all((text in prompt) == (setting == "prompt") for prompt in prompts)
+    assert all(row.user_text for row in job.preferences.eval_unseen), "user models read it either way"
