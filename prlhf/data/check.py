@@ -87,11 +87,12 @@ def _rendered(data: PreferenceData, tokenizer: Any, limits: dict[str, int]) -> s
         for name, index in (("chosen", position), ("rejected", position + len(rows))):
             length = len(row.prompt_ids) + len(row.chosen_ids if name == "chosen" else row.rejected_ids)
             ids, labels = batch.input_ids[index, :length].tolist(), batch.labels[index, :length].tolist()
-            lines.append(f"    {name}: {_show(tokenizer, ids, labels)}")
+            lines.append(f"    {name}: {show_masked(tokenizer, ids, labels)}")
     return "\n".join(lines)
 
 
-def _show(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
+def show_masked(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
+    """A sequence as text, the part that labels score between << and >>."""
     masked = [token for token, label in zip(ids, labels, strict=True) if label == IGNORE_INDEX]
     scored = [label for label in labels if label != IGNORE_INDEX]
     return f"{ascii(tokenizer.decode(masked))} <<{ascii(tokenizer.decode(scored))}>>"
@@ -104,9 +105,9 @@ def _token_lengths(data: PreferenceData, tokenizer: Any, limits: dict[str, int])
         dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(tokenized.dropped.items())) or "none"
         truncated = sum(_is_truncated(row, tokenizer.eos_token_id) for row in tokenized.rows)
         lines.append(f"  {name}: dropped {dropped}; truncated responses in {truncated} rows")
-        lines.append(f"    prompt   {_quantiles([len(row.prompt_ids) for row in tokenized.rows])}")
-        lines.append(f"    chosen   {_quantiles([len(row.chosen_ids) for row in tokenized.rows])}")
-        lines.append(f"    rejected {_quantiles([len(row.rejected_ids) for row in tokenized.rows])}")
+        lines.append(f"    prompt   {quantiles([len(row.prompt_ids) for row in tokenized.rows])}")
+        lines.append(f"    chosen   {quantiles([len(row.chosen_ids) for row in tokenized.rows])}")
+        lines.append(f"    rejected {quantiles([len(row.rejected_ids) for row in tokenized.rows])}")
     return "\n".join(lines)
 
 
@@ -117,12 +118,13 @@ def _is_truncated(row: TokenizedPair, eos: int) -> bool:
 def _character_lengths(data: PreferenceData) -> str:
     lines = ["characters"]
     for name, rows in _parts(data):
-        lines.append(f"  {name}: chosen {_quantiles([len(row.chosen) for row in rows])}")
-        lines.append(f"  {' ' * len(name)}  rejected {_quantiles([len(row.rejected) for row in rows])}")
+        lines.append(f"  {name}: chosen {quantiles([len(row.chosen) for row in rows])}")
+        lines.append(f"  {' ' * len(name)}  rejected {quantiles([len(row.rejected) for row in rows])}")
     return "\n".join(lines)
 
 
-def _quantiles(values: Sequence[int]) -> str:
+def quantiles(values: Sequence[int]) -> str:
+    """The spread of some lengths in one line."""
     if not values:
         return "-"
     ordered = sorted(values)

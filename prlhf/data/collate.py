@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
+from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair, TokenizedResponse
 
 IGNORE_INDEX = -100
 Rows = TypeVar("Rows", bound="_PaddedRows")
@@ -57,6 +57,49 @@ class ResponseBatch(_PaddedRows):
 @dataclass(frozen=True)
 class PairBatch(_PaddedRows):
     """B preference rows as 2B sequences: 0..B-1 prompt + chosen, B..2B-1 prompt + rejected."""
+
+
+@dataclass(frozen=True)
+class LabelledBatch(_PaddedRows):
+    """B unpaired rows as 2B sequences: 0..B-1 prompt + response, B..2B-1 prompt + mismatched response.
+
+    Args:
+        liked: (B,) bool.
+    """
+
+    liked: Tensor
+
+    @property
+    def responses(self) -> ResponseBatch:
+        """The rows with their own responses."""
+        return self._half(slice(0, self.num_rows))
+
+    @property
+    def mismatched(self) -> ResponseBatch:
+        """The rows with responses to other prompts."""
+        return self._half(slice(self.num_rows, None))
+
+    def to(self, device: torch.device | str) -> LabelledBatch:
+        """The batch on another device."""
+        return replace(super().to(device), liked=self.liked.to(device))
+
+    def _half(self, part: slice) -> ResponseBatch:
+        return ResponseBatch(self.input_ids[part], self.labels[part], self.user_ids, self.rows, self.num_unscored)
+
+
+def collate_labelled(rows: Sequence[TokenizedLabelled], pad_id: int) -> LabelledBatch:
+    """Batch of at least one unpaired row."""
+    own = [(row.prompt_ids, row.response_ids) for row in rows]
+    mismatched = [(row.prompt_ids, row.mismatched_ids) for row in rows]
+    input_ids, labels = _pad(own + mismatched, pad_id)
+    return LabelledBatch(
+        input_ids=input_ids,
+        labels=labels,
+        user_ids=_int64([row.user_id for row in rows]),
+        rows=_int64([row.row for row in rows]),
+        num_unscored=min(len(row.prompt_ids) for row in rows),
+        liked=torch.tensor([row.label for row in rows]),
+    )
 
 
 def collate_pairs(rows: Sequence[TokenizedPair], pad_id: int) -> PairBatch:

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from prlhf.config import Config
+from prlhf.config import REFERENCE_FREE_KINDS, Config
 from prlhf.data.check import length_only_accuracy
 from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow
 from prlhf.data.tokenize import Tokenized, TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
 from prlhf.distributed import all_reduce_sum, barrier, is_main, rank, world_size
-from prlhf.engine.build import Autocast, Job, tokenize_limits
+from prlhf.engine.build import Autocast, Job, restore_reference_, tokenize_limits
 from prlhf.engine.checkpoint import Progress
 from prlhf.engine.step import Model
 from prlhf.evaluation.accuracy import PairMargins, has_length_gap, score_pairs, summarize_accuracy, user_accuracies
@@ -44,13 +44,25 @@ class Evaluator:
 
     Args:
         on_batch: called between batches; may raise to stop.
+        with_reference: False leaves the reference's figures out, for a policy that has none now.
     """
 
     def __init__(
-        self, config: Config, model: Model, *, pad_id: int, autocast: Autocast, on_batch: OnBatch
+        self,
+        config: Config,
+        model: Model,
+        *,
+        pad_id: int,
+        autocast: Autocast,
+        on_batch: OnBatch,
+        with_reference: bool = True,
     ) -> None:
         self.config = config
         self.model = model
+        self.pairs: dict[str, Any] = {
+            "reference_free": config.loss.kind in REFERENCE_FREE_KINDS,
+            "with_reference": with_reference,
+        }
         self.autocast = autocast
         self.scoring: dict[str, Any] = {
             "pad_id": pad_id,
@@ -64,7 +76,13 @@ class Evaluator:
         blocks = self._blocks(seen_margins, unseen_margins)
         gap = [i for i, row in enumerate(seen_margins.rows) if has_length_gap(row)]
         slices = {"length_gap_20": self._slice(seen_margins, gap)} if gap else {}
-        return {**blocks, "slices": slices}
+        return {**blocks, "margin": self._margin_name(), "slices": slices}
+
+    def _margin_name(self) -> str:
+        """What a row's margin is the difference of."""
+        if not isinstance(self.model, PersonalizedPolicy):
+            return "score"
+        return "mean_logp" if self.pairs["reference_free"] else "log_ratio"
 
     def _blocks(self, seen: PairMargins, unseen: PairMargins) -> dict[str, Any]:
         seed = self.config.seed
@@ -96,7 +114,7 @@ class Evaluator:
             rows, self.model.tokenizer, users, **tokenize_limits(self.config, self.model)
         )
         with self.autocast():
-            return score_pairs(self.model, rows, tokenized.rows, **self.scoring)
+            return score_pairs(self.model, rows, tokenized.rows, **self.pairs, **self.scoring)
 
     def nll(self, rows: Sequence[ResponseRow]) -> dict[str, Any] | None:
         """Mean NLL per token of demonstrations, for sft; None when no row is left after tokenizing."""
@@ -184,6 +202,8 @@ def evaluate_preferences(
 def evaluate_run(job: Job, progress: Progress, run_dir: Path, *, setup_s: float, on_batch: OnBatch) -> dict[str, Any]:
     """The final evaluation, written to `eval/final.json` and `samples/`."""
     began = time.perf_counter()
+    if job.preferences is not None:
+        restore_reference_(job)
     evaluator = Evaluator(job.config, job.model, pad_id=job.pad_id, autocast=job.autocast, on_batch=on_batch)
     samples: dict[str, list[Sample]] = {}
     if job.preferences is None:
@@ -224,7 +244,14 @@ def evaluate_step(job: Job, progress: Progress, run_dir: Path, *, on_batch: OnBa
     """Accuracy on the dev rows during training, to `eval/step-*.json`."""
     if job.preferences is None or not job.preferences.dev:
         return
-    evaluator = Evaluator(job.config, job.model, pad_id=job.pad_id, autocast=job.autocast, on_batch=on_batch)
+    evaluator = Evaluator(
+        job.config,
+        job.model,
+        pad_id=job.pad_id,
+        autocast=job.autocast,
+        on_batch=on_batch,
+        with_reference=job.reference is not None,
+    )
     figures = evaluator.accuracy(job.preferences.dev[: job.config.eval.rows], [])
     if is_main():
         (run_dir / "eval").mkdir(exist_ok=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from prlhf.config import Config, changed_keys, dump_config, load_config
-from prlhf.data.collate import collate_pairs, collate_responses
+from prlhf.data.collate import collate_labelled, collate_pairs, collate_responses
 from prlhf.data.sampler import cut_microbatches, global_batch, shard
-from prlhf.data.tokenize import TokenizedPair
+from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair
 from prlhf.distributed import all_reduce_any, is_main, rank, world_size
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import (
@@ -91,7 +91,8 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
 def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[[Batch], Any], stop: StopFlag) -> None:
     """Optimizer steps until the last one; every rank runs the same ones."""
     config = job.config
-    metrics = StepMetrics(run_dir, job.objective.figure_names(), log_every=config.train.log_every)
+    names, counts = job.objective.figure_names(), job.objective.figure_counts()
+    metrics = StepMetrics(run_dir, names, counts=counts, log_every=config.train.log_every)
     bar = tqdm(total=job.max_steps, initial=progress.step, disable=None if is_main() else True, desc=config.name)
     while progress.step < job.max_steps:
         began = time.perf_counter()
@@ -150,7 +151,9 @@ def batches_of_step(job: Job, step: int) -> tuple[list[Batch], int]:
     cuts = cut_microbatches(
         mine, lambda i: copies * (job.rows[i].num_tokens + num_soft), config.train.microbatch_tokens
     )
-    collate: Any = collate_responses if config.method == "sft" else collate_pairs
+    collate: Any = collate_labelled if job.objective.is_unpaired else collate_pairs
+    if config.method == "sft":
+        collate = collate_responses
     return [collate([job.rows[i] for i in cut], job.pad_id).to(job.model.device) for cut in cuts], len(indices)
 
 
@@ -177,7 +180,7 @@ def _make_reference(job: Job, stop: StopFlag) -> Callable[[Batch], Any]:
         return LiveReference(job.reference)
     return compute_reference_table(
         job.reference,
-        [row for row in job.rows if isinstance(row, TokenizedPair)],
+        cast(Sequence[TokenizedPair | TokenizedLabelled], job.rows),
         pad_id=job.pad_id,
         microbatch_tokens=job.config.train.microbatch_tokens,
         autocast=job.autocast,
