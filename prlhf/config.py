@@ -118,12 +118,13 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation; `every_steps: 0` leaves the final one, whose `generate` is held-out prompts a user (0: none).
 
-    `rows` caps the evaluations during training.
+    `rows` caps the evaluations during training. `few_shot` is the labelled pairs in that baseline's prompt (0: none).
     """
 
     every_steps: int = 0
     rows: int | None = None
     generate: int = 0
+    few_shot: int = 4
     temperature: float = 0.7
     top_p: float = 1.0
     max_new_tokens: int = 160
@@ -213,6 +214,7 @@ _LIMITS: dict[str, _Limit] = {
     "eval.every_steps": _NOT_NEGATIVE,
     "eval.rows": _AT_LEAST_ONE,
     "eval.generate": _NOT_NEGATIVE,
+    "eval.few_shot": _NOT_NEGATIVE,
     "eval.temperature": _NOT_NEGATIVE,
     "eval.top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     "eval.max_new_tokens": _AT_LEAST_ONE,

@@ -60,6 +60,19 @@ def length_only_accuracy(train: Iterable[PreferenceRow], rows: Iterable[Preferen
     return sum(scores) / len(scores) if scores else None
 
 
+def count_overlap(train: Iterable[PreferenceRow], rows: Sequence[PreferenceRow]) -> dict[str, int]:
+    """How many rows share their prompt, their pair or a response with a training row."""
+    training = list(train)
+    prompts = {prompt_group(row) for row in training}
+    pairs = {pair_content(row) for row in training}
+    responses = {response for row in training for response in row.responses}
+    return {
+        "prompt": sum(prompt_group(row) in prompts for row in rows),
+        "pair": sum(pair_content(row) in pairs for row in rows),
+        "response": sum(not responses.isdisjoint(row.responses) for row in rows),
+    }
+
+
 def _longer_won(row: PreferenceRow) -> float:
     difference = len(row.chosen) - len(row.rejected)
     return 0.5 if difference == 0 else float(difference > 0)
@@ -163,17 +176,10 @@ def _duplicates(data: PreferenceData) -> str:
 def _leaks(data: PreferenceData) -> str:
     """What evaluation rows share with the training rows; a shared pair is an error, the rest is for the reader."""
     lines = ["overlap with train (rows)"]
-    prompts = {prompt_group(row) for row in data.train}
-    pairs = {pair_content(row) for row in data.train}
-    responses = {response for row in data.train for response in (row.chosen, row.rejected)}
     for name, rows in _parts(data):
         if name == "train":
             continue
-        shared = {
-            "prompt": sum(prompt_group(row) in prompts for row in rows),
-            "pair": sum(pair_content(row) in pairs for row in rows),
-            "a response": sum(row.chosen in responses or row.rejected in responses for row in rows),
-        }
+        shared = count_overlap(data.train, rows)
         overlap = ", ".join(f"{what} {count} ({count / len(rows):.1%})" for what, count in shared.items())
         lines.append(f"  {name} of {len(rows)}: {overlap}{'  LEAK: the same pair' if shared['pair'] else ''}")
     return "\n".join(lines)

@@ -54,6 +54,7 @@ def preferences_from_labelled(data: LabelledData) -> PreferenceData:
         eval_unseen=pairs_from_labelled(data.eval_unseen),
         source=data.source,
         declared_users=tuple(data.user_ids()),
+        preferences=data.preferences,
     )
 
 

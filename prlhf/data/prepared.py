@@ -79,8 +79,8 @@ def write_prepared(
         temporary.mkdir(parents=True)
         for name in SPLITS:
             write_jsonl(temporary / f"{name}.jsonl", (record_from_row(row) for row in getattr(data, name)))
-        if data.declared_users is not None:
-            write_jsonl(temporary / USERS_FILE, [_declared(data, data.declared_users)])
+        if data.declared_users is not None or data.preferences:
+            write_jsonl(temporary / USERS_FILE, [_declared(data)])
         if directory.exists():
             directory.rename(replaced)
         temporary.rename(directory)
@@ -134,7 +134,8 @@ def load_prepared(directory: Path, *, on_bad_row: OnBadRow = "error") -> Prefere
         raise DataError(f"{directory / 'train.jsonl'}: no usable rows; training needs at least one")
     declared = None if users is None else tuple(user_id for user_id, user in users.items() if user["split"] == "seen")
     make = LabelledData if labelled else PreferenceData
-    return make(**rows, source=str(directory), declared_users=declared)
+    preferences = {user_id: user["preference"] for user_id, user in (users or {}).items() if "preference" in user}
+    return make(**rows, source=str(directory), declared_users=declared, preferences=preferences)
 
 
 def read_judgments(path: Path, on_bad_row: OnBadRow) -> Located:
@@ -203,10 +204,11 @@ def _check_users(located: Mapping[str, Located], users: Mapping[str, dict[str, s
                                 "move the row, or mend users.json")
 
 
-def _declared(data: PreferenceData | LabelledData, seen: Sequence[str]) -> dict[str, dict[str, str]]:
+def _declared(data: PreferenceData | LabelledData) -> dict[str, dict[str, str]]:
     """users.json; the rows carry the user texts."""
-    unseen = dict.fromkeys(row.user_id for row in data.eval_unseen)
-    return {user_id: {"split": "seen"} for user_id in seen} | {user_id: {"split": "unseen"} for user_id in unseen}
+    splits = dict.fromkeys(data.user_ids(), "seen") | dict.fromkeys((row.user_id for row in data.eval_unseen), "unseen")
+    preferences = {user_id: {"preference": sentence} for user_id, sentence in data.preferences.items()}
+    return {user_id: {"split": split, **preferences.get(user_id, {})} for user_id, split in splits.items()}
 
 
 def _load_users(path: Path) -> dict[str, dict[str, str]] | None:
@@ -217,8 +219,10 @@ def _load_users(path: Path) -> dict[str, dict[str, str]] | None:
         where = f"{path}: user {quote(user_id)}"
         if not isinstance(user, dict) or user.get("split") not in ("seen", "unseen"):
             raise DataError(f'{where}: {quote(user)}, expected {{"user_text": string, "split": "seen" or "unseen"}}')
-        if not isinstance(user.setdefault("user_text", ""), str):
-            raise DataError(f"{where}: user_text is {quote(user['user_text'])}, expected a string")
+        user.setdefault("user_text", "")
+        for name in ("user_text", "preference"):
+            if not isinstance(user.get(name, ""), str):
+                raise DataError(f"{where}: {name} is {quote(user[name])}, expected a string")
     return users
 
 

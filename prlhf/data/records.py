@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from prlhf.data.quoting import did_you_mean, quote
@@ -90,6 +90,7 @@ class JudgedData(Generic[Row]):
     Args:
         source: where the rows come from, for messages and reports.
         declared_users: seen user ids in the order of users.json; None without one.
+        preferences: user id -> what the user likes, in a sentence; for the prompted baseline alone.
     """
 
     train: list[Row]
@@ -98,6 +99,7 @@ class JudgedData(Generic[Row]):
     eval_unseen: list[Row]
     source: str
     declared_users: tuple[str, ...] | None = None
+    preferences: Mapping[str, str] = field(default_factory=dict)
 
     def user_ids(self) -> list[str]:
         """Seen users: the declared ones, else those of the training rows in order of first appearance."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from prlhf.config import REFERENCE_FREE_KINDS, Config
-from prlhf.data.check import length_only_accuracy
+from prlhf.data.check import count_overlap, length_only_accuracy
 from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow
 from prlhf.data.tokenize import Tokenized, TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
 from prlhf.distributed import all_reduce_sum, barrier, is_main, rank, world_size
@@ -21,7 +21,9 @@ from prlhf.engine.build import Autocast, Job, restore_reference_, tokenize_limit
 from prlhf.engine.checkpoint import Progress
 from prlhf.engine.step import Model
 from prlhf.evaluation.accuracy import PairMargins, has_length_gap, score_pairs, summarize_accuracy, user_accuracies
+from prlhf.evaluation.baselines import few_shot_baseline, format_only_accuracy, prompted_baseline
 from prlhf.evaluation.judges import RuleJudge
+from prlhf.evaluation.leaks import expected_when_shuffled, shuffled_users
 from prlhf.evaluation.samples import (
     Sample,
     judge_samples,
@@ -33,9 +35,11 @@ from prlhf.evaluation.samples import (
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.files import write_json_atomic, write_text_atomic
 from prlhf.generation import SamplingOptions
+from prlhf.models.backbone import position_limit
 from prlhf.models.policy import PersonalizedPolicy
 
 OnBatch = Callable[[], None]
+FEW_SHOT_TOKENS = 512  # a prompt with labelled pairs may be longer than the training rows, where positions allow
 GENERATION_TIMEOUT_S = 24 * 3600.0  # the main rank answers alone, the others wait
 
 
@@ -116,6 +120,44 @@ class Evaluator:
         with self.autocast():
             return score_pairs(self.model, rows, tokenized.rows, **self.pairs, **self.scoring)
 
+    def baselines(self, data: PreferenceData) -> dict[str, Any]:
+        """What needs no training: rules on form, and for a policy its reference told what the user likes."""
+        parts = (("seen", data.eval_seen), ("unseen", data.eval_unseen))
+        blocks: dict[str, Any] = {
+            "length_only": {name: length_only_accuracy(data.train, rows) for name, rows in parts},
+            "format_only": {name: format_only_accuracy(data.train, rows) for name, rows in parts},
+        }
+        if not isinstance(self.model, PersonalizedPolicy):
+            return blocks
+        rows, max_tokens = data.eval_seen, self.config.data.max_tokens
+        limits = {**tokenize_limits(self.config, self.model), "num_user_tokens": 0}
+        tokenized = tokenize_pairs(rows, self.model.tokenizer, None, **limits).rows
+        positions = position_limit(self.model.backbone) or FEW_SHOT_TOKENS
+        longest = max(max_tokens, min(FEW_SHOT_TOKENS, positions))
+        options = {"max_tokens": longest, "seed": self.config.seed, **self.scoring}
+        num_pairs = self.config.eval.few_shot
+        with self.autocast():
+            blocks["prompted"] = prompted_baseline(self.model, rows, tokenized, data.preferences, **options)
+            blocks["few_shot"] = few_shot_baseline(
+                self.model, rows, tokenized, data.train, num_pairs=num_pairs, **options
+            )
+        return blocks
+
+    def leaks(self, data: PreferenceData) -> dict[str, Any]:
+        """What evaluation shares with training, and accuracy with the users drawn anew, for a model with users."""
+        parts = {"eval_seen": data.eval_seen, "eval_unseen": data.eval_unseen}
+        overlap = {name: {"rows": len(rows), **count_overlap(data.train, rows)} for name, rows in parts.items()}
+        if self.model.user_encoder is None:
+            return {"overlap": overlap, "shuffled_users": None}
+        tokenized = tokenize_pairs(
+            data.eval_seen, self.model.tokenizer, self.model.users, **tokenize_limits(self.config, self.model)
+        )
+        options = {"seed": self.config.seed, **self.pairs, **self.scoring}
+        with self.autocast():
+            shuffled = shuffled_users(self.model, data.eval_seen, tokenized.rows, **options)
+        expected = expected_when_shuffled(data.train, data.eval_seen)
+        return {"overlap": overlap, "shuffled_users": shuffled and {**shuffled, "expected": expected}}
+
     def nll(self, rows: Sequence[ResponseRow]) -> dict[str, Any] | None:
         """Mean NLL per token of demonstrations, for sft; None when no row is left after tokenizing."""
         tokenized = self._tokenize_responses(rows)
@@ -183,10 +225,7 @@ def evaluate_preferences(
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
     """The figures of a preference job, and the samples if `eval.generate` asks for any."""
     figures = evaluator.accuracy(data.eval_seen, data.eval_unseen)
-    figures["length_only"] = {
-        name: length_only_accuracy(data.train, rows)
-        for name, rows in (("seen", data.eval_seen), ("unseen", data.eval_unseen))
-    }
+    figures["baselines"], figures["leaks"] = evaluator.baselines(data), evaluator.leaks(data)
     figures.update({"win_rate": None, "on_side": None, "text": None})
     wanted = evaluator.config.eval.generate
     if not wanted or not data.eval_seen or not isinstance(evaluator.model, PersonalizedPolicy):

@@ -81,13 +81,38 @@ def _headline(final: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return "no evaluation rows"
-    length_only = final.get("length_only") or {}
-    rows += [
-        [f"length alone, {name} users", _share(value), "", "", "", ""]
-        for name, value in length_only.items()
+    rows += _baseline_rows(final)
+    return make_table(["reward accuracy", "mean", "95% interval", "worst user", "rows", "users"], rows)
+
+
+def _baseline_rows(final: Mapping[str, Any]) -> list[list[str]]:
+    """What needs no training, and the accuracy with users drawn anew."""
+    baselines = final.get("baselines", {})
+    names = {"length_only": "length alone", "format_only": "format alone"}
+    rows = [
+        [f"{label}, {part} users", _share(value), "", "", "", ""]
+        for name, label in names.items()
+        for part, value in baselines.get(name, {}).items()
         if value is not None
     ]
-    return make_table(["reward accuracy", "mean", "95% interval", "worst user", "rows", "users"], rows)
+    names = {"prompted": "reference told the user's wish", "few_shot": "reference shown the user's pairs"}
+    rows += [
+        [
+            label,
+            _share(block["mean"]),
+            _interval(block),
+            _share(block["worst_user"]),
+            str(block["num_rows"]),
+            str(block["num_users"]),
+        ]
+        for name, label in names.items()
+        if (block := baselines.get(name))
+    ]
+    shuffled = final.get("leaks", {}).get("shuffled_users")
+    if shuffled:
+        label = f"users drawn anew (expected {_share(shuffled['expected']['mean'])})"
+        rows.append([label, _share(shuffled["mean"]), "", "", str(shuffled["num_rows"]), ""])
+    return rows
 
 
 def _user_table(final: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ DOCUMENTED = {
     "experiment", "method", "step", "seed", "accuracy", "per_user", "win_rate", "on_side", "slices", "throughput",
     "seconds", "seconds_setup", "seconds_eval", "per_unseen_user",
 }
-FURTHER = {"user_model", "margin", "data", "length_only", "text", "skipped_steps"}
+FURTHER = {"user_model", "margin", "data", "baselines", "leaks", "text", "skipped_steps"}
 
 
 @pytest.fixture(scope="module")
