@@ -16,8 +16,9 @@ from prlhf.evaluation.accuracy import score_pairs
 from prlhf.models.personalized import PersonalizedModel
 
 NUM_DRAWS = 20
-MAX_SCORED_PAIRS = 1800  # rows are drawn so that no more (pair, user) combinations are scored
-CLEAR_TASTE = 0.9  # share of a user's training pairs won by one side of length, from which it is a taste
+MAX_SCORED_ROWS = 1200  # times a user each: about so many are scored, the others left out
+CLEAR_TASTE = 0.9  # share of a user's training pairs won by one side of length, from which it is a taste,
+MIN_TASTE_ROWS = 20  # and how many pairs it takes
 
 
 def shuffled_users(
@@ -33,14 +34,14 @@ def shuffled_users(
     Args:
         rows: the records; `tokenized[i].row` indexes them.
         **options: of `score_pairs`.
-    Returns: {"mean", "num_rows", "num_draws"}; None without rows. With many users a random part of the rows is scored.
+    Returns: {"mean", "num_rows", "num_draws"}; None without rows. A random part of the pairs is scored, each with the
+        rows of all who judged it: what opposed users of a pair owe to chance cancels out.
     """
     if not tokenized:
         return None
     generator = np.random.default_rng(seed)
     num_users = len({ids.user_id for ids in tokenized})
-    limit = max(1, MAX_SCORED_PAIRS // min(num_users, NUM_DRAWS))
-    kept = [tokenized[i] for i in generator.permutation(len(tokenized))[:limit]]
+    kept = _draw_pairs(rows, tokenized, MAX_SCORED_ROWS // min(num_users, NUM_DRAWS), generator)
     drawn = generator.integers(len(tokenized), size=(NUM_DRAWS, len(kept)))
     shuffled = [
         replace(ids, user_id=tokenized[source].user_id)
@@ -49,6 +50,22 @@ def shuffled_users(
     ]
     margins = score_pairs(model, rows, shuffled, **options).individual
     return {"mean": float((margins > 0).mean()), "num_rows": len(kept), "num_draws": NUM_DRAWS}
+
+
+def _draw_pairs(
+    rows: Sequence[PreferenceRow], tokenized: Sequence[TokenizedPair], num_rows: int, generator: np.random.Generator
+) -> list[TokenizedPair]:
+    """All rows of randomly drawn pairs, until there are at least `num_rows` or no more."""
+    pairs: dict[str, list[TokenizedPair]] = {}
+    for ids in tokenized:
+        pairs.setdefault(rows[ids.row].pair_id, []).append(ids)
+    members = list(pairs.values())
+    kept: list[TokenizedPair] = []
+    for place in generator.permutation(len(members)):
+        if len(kept) >= num_rows:
+            break
+        kept += members[place]
+    return kept
 
 
 def expected_when_shuffled(train: Sequence[PreferenceRow], rows: Sequence[PreferenceRow]) -> dict[str, float] | None:
@@ -100,5 +117,5 @@ def _longer_shares(users: Sequence[str], train: Sequence[PreferenceRow]) -> NDAr
     for row in train:
         if row.user_id in outcomes and len(row.chosen) != len(row.rejected):
             outcomes[row.user_id].append(len(row.chosen) > len(row.rejected))
-    shares = [float(np.mean(own)) if own else np.nan for own in outcomes.values()]
+    shares = [float(np.mean(own)) if len(own) >= MIN_TASTE_ROWS else np.nan for own in outcomes.values()]
     return np.array([share if max(share, 1 - share) >= CLEAR_TASTE else np.nan for share in shares])

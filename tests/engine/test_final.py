@@ -77,7 +77,9 @@ def test_a_run_of_the_built_in_world_is_judged(world_run: Path) -> None:
     assert list(baselines["prompted"]["per_user"]) == users
     assert set(baselines["few_shot"]["per_user"]) <= set(users), "most pairs do not fit: this tokenizer knows few words"
     assert baselines["few_shot"]["pairs"] >= 1
-    assert shuffled["expected"] == {"mean": pytest.approx(1 / 2), "known": pytest.approx(1 / 3)}, "one axis of three"
+    assert shuffled["expected"] == {"mean": pytest.approx(1 / 2, abs=0.02), "known": pytest.approx(5 / 9)}, (
+        "of 36 pairs of users 12 are of one axis, 8 of register and length: expert sentences are the longer ones"
+    )
     assert final["leaks"]["overlap"]["eval_seen"] == {"rows": 12, "prompt": 0, "pair": 0, "response": 0}
     assert final["text"]["policy"]["num_samples"] == 2 * len(users)
 

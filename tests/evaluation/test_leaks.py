@@ -67,6 +67,7 @@ def test_a_perfect_model_scores_what_is_expected(monkeypatch: pytest.MonkeyPatch
 
 
 def test_with_many_users_a_part_of_the_rows_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [replace(row, user_id=str(i)) for i, row in enumerate(opposed(200, 0.5, shared=False))]
     tokenized = [TokenizedPair(i, i + 1, (1,), (2,), (3,)) for i in range(200)]
     seen: list[TokenizedPair] = []
 
@@ -75,9 +76,24 @@ def test_with_many_users_a_part_of_the_rows_is_scored(monkeypatch: pytest.Monkey
         return PairMargins([], np.ones(len(shuffled)), np.ones(len(shuffled)), None)
 
     monkeypatch.setattr(leaks, "score_pairs", score)
-    figures = shuffled_users(None, [], tokenized, seed=3)  # type: ignore[arg-type]
-    assert figures == {"mean": 1.0, "num_rows": 90, "num_draws": 20}
-    assert len(seen) == 1800 and len({(ids.row, ids.user_id) for ids in seen}) <= leaks.MAX_SCORED_PAIRS
+    figures = shuffled_users(None, rows, tokenized, seed=3)  # type: ignore[arg-type]
+    assert figures == {"mean": 1.0, "num_rows": 60, "num_draws": 20}
+    assert len(seen) == leaks.MAX_SCORED_ROWS
+
+
+def test_all_who_judged_a_pair_are_scored_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that prefers one response whoever asks scores exactly one half on pairs of two opposed users."""
+    pairs = [opposed(2, 0.5, shared=True) for _ in range(400)]
+    rows = [replace(row, pair_id=str(i)) for i, pair in enumerate(pairs) for row in pair]
+    tokenized = [TokenizedPair(i, i % 2 + 1, (1,), (2,), (3,)) for i in range(len(rows))]
+
+    def score(_: Any, rows: list[PreferenceRow], shuffled: list[TokenizedPair], **__: Any) -> PairMargins:
+        margins = np.array([1.0 if rows[ids.row].chosen == SHORT else -1.0 for ids in shuffled])
+        return PairMargins([], margins, margins, None)
+
+    monkeypatch.setattr(leaks, "score_pairs", score)
+    figures = shuffled_users(None, rows, tokenized, seed=3)  # type: ignore[arg-type]
+    assert figures == {"mean": 0.5, "num_rows": 600, "num_draws": 20}
 
 
 def test_overlap_counts_prompts_pairs_and_responses() -> None:
