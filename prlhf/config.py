@@ -73,13 +73,21 @@ class UserConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The preference loss; `alpha` weighs the individual term, `sft_weight` the chosen response's NLL per token."""
+    """The preference loss; `alpha` weighs the individual term, `sft_weight` the chosen response's NLL per token.
 
-    kind: Literal["sigmoid", "robust", "ipo", "hinge"] = "sigmoid"
+    `simpo` and `orpo` have no reference; `kto` takes unpaired rows, or both responses of a pair as two rows. `beta` is
+    the inverse temperature, of mean log-probs for `simpo`; for `orpo` the weight of the odds-ratio term. `gamma` is
+    SimPO's margin; the weights of liked and disliked rows are KTO's.
+    """
+
+    kind: Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo", "kto"] = "sigmoid"
     beta: float = 0.1
     alpha: float = 0.5
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
+    gamma: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -115,13 +123,15 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation; `every_steps: 0` leaves the final one, whose `generate` is held-out prompts a user (0: none).
 
-    `rows` caps the evaluations during training. `neutral` is a file of texts that no user judges, one a line (or .jsonl
-    with "text"), for the personalization tax; built-in data has its own.
+    `rows` caps the evaluations during training. `few_shot` is the labelled pairs in that baseline's prompt (0: none).
+    `neutral` is a file of texts that no user judges, one a line (or .jsonl with "text"), for the personalization tax;
+    built-in data has its own.
     """
 
     every_steps: int = 0
     rows: int | None = None
     generate: int = 0
+    few_shot: int = 4
     temperature: float = 0.7
     top_p: float = 1.0
     max_new_tokens: int = 160
@@ -162,6 +172,15 @@ _AT_LEAST_ONE: _Limit = (lambda value: value >= 1, "1 or more")
 _SHARE: _Limit = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _SHARE_BELOW_ONE: _Limit = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 PERSONAL_METHODS = ("pdpo", "prm")
+REFERENCE_FREE_KINDS = ("simpo", "orpo")
+# Settings of the loss that some kinds alone read; with any other kind they keep their defaults.
+_KINDS_OF_SETTING = {
+    "label_smoothing": ("sigmoid", "robust"),
+    "sft_weight": ("sigmoid", "robust", "ipo", "hinge", "simpo"),
+    "gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 NAME_RULE = "up to 100 letters, digits, '.', '_' or '-', no '.' first"
 
@@ -187,6 +206,9 @@ _LIMITS: dict[str, _Limit] = {
     "loss.alpha": _SHARE,
     "loss.label_smoothing": (lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
     "loss.sft_weight": _NOT_NEGATIVE,
+    "loss.gamma": _NOT_NEGATIVE,
+    "loss.desirable_weight": _NOT_NEGATIVE,
+    "loss.undesirable_weight": _NOT_NEGATIVE,
     "train.epochs": _AT_LEAST_ONE,
     "train.max_steps": _AT_LEAST_ONE,
     "train.batch_rows": _AT_LEAST_ONE,
@@ -203,6 +225,7 @@ _LIMITS: dict[str, _Limit] = {
     "eval.every_steps": _NOT_NEGATIVE,
     "eval.rows": _AT_LEAST_ONE,
     "eval.generate": _NOT_NEGATIVE,
+    "eval.few_shot": _NOT_NEGATIVE,
     "eval.temperature": _NOT_NEGATIVE,
     "eval.top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     "eval.max_new_tokens": _AT_LEAST_ONE,
@@ -344,17 +367,23 @@ def _contradictions(config: Config) -> Iterator[Problem]:
         yield Problem(("user.kind", "method"), text)
     if config.method not in PERSONAL_METHODS and user.kind != "none":
         yield Problem(("user.kind", "method"), f"got {user.kind} with method {config.method}, expected none")
+    if config.method not in ("dpo", "pdpo") and loss.kind != "sigmoid":
+        yield Problem(("loss.kind", "method"), f"got {loss.kind} with method {config.method}, expected sigmoid")
     if config.method in ("rm", "prm"):
         for key, value, expected in (
-            ("loss.kind", loss.kind, "sigmoid"),
             ("loss.label_smoothing", loss.label_smoothing, 0),
             ("loss.sft_weight", loss.sft_weight, 0),
         ):
             if value != expected:
                 yield Problem((key, "method"), f"got {value} with method {config.method}, expected {expected}")
-    if loss.kind in ("ipo", "hinge") and loss.label_smoothing != 0:
-        text = f"got {loss.label_smoothing} with loss.kind {loss.kind}, expected 0: smooth sigmoid or robust"
-        yield Problem(("loss.label_smoothing", "loss.kind"), text)
+    for name, kinds in _KINDS_OF_SETTING.items():
+        value, default = getattr(loss, name), getattr(LossConfig, name)
+        if loss.kind not in kinds and value != default:
+            text = f"got {value} with loss.kind {loss.kind}, expected {default}: it is for {', '.join(kinds)}"
+            yield Problem((f"loss.{name}", "loss.kind"), text)
+    if loss.kind in REFERENCE_FREE_KINDS and config.model.reference == "live":
+        text = f"got live with loss.kind {loss.kind}, which compares with no reference, expected precomputed"
+        yield Problem(("model.reference", "loss.kind"), text)
     user_tokens = 0 if user.kind == "none" else user.num_user_tokens
     if data.max_prompt_tokens + user_tokens >= data.max_tokens:
         text = f"got {data.max_prompt_tokens} and {user_tokens} user tokens, expected room for a response in "

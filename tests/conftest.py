@@ -25,7 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     unmet = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
-        "peer": None if importlib.util.find_spec("peft") else "needs peft: pip install -c constraints.txt peft",
+        "peer": None
+        if importlib.util.find_spec("peft") and importlib.util.find_spec("trl")
+        else "needs peft and trl: pip install -c constraints.txt peft trl",
     }
     for item in items:
         for marker, reason in unmet.items():

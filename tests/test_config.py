@@ -107,6 +107,13 @@ def test_a_number_is_finite(value: object) -> None:
         ({"method": "prm", "loss": {"sft_weight": 1.0}}, "loss.sft_weight"),
         ({"method": "prm", "loss": {"label_smoothing": 0.1}}, "loss.label_smoothing"),
         ({"loss": {"kind": "ipo", "label_smoothing": 0.1}}, "loss.label_smoothing"),
+        ({"loss": {"kind": "simpo", "label_smoothing": 0.1}}, "loss.label_smoothing"),
+        ({"loss": {"kind": "orpo", "sft_weight": 1.0}}, "loss.sft_weight"),
+        ({"loss": {"kind": "kto", "gamma": 0.5}}, "loss.gamma"),
+        ({"loss": {"gamma": 0.5}}, "loss.gamma"),
+        ({"loss": {"desirable_weight": 2.0}}, "loss.desirable_weight"),
+        ({"loss": {"kind": "simpo"}, "model": {"reference": "live"}}, "model.reference"),
+        ({"method": "sft", "user": {"kind": "none"}, "loss": {"kind": "kto"}}, "loss.kind"),
         ({"data": {"max_tokens": 522}}, "data.max_prompt_tokens"),
         ({"model": {"lora": {"targets": []}}}, "model.lora.targets"),
         ({"name": "../escape"}, "name"),
@@ -129,6 +136,8 @@ def test_settings_that_cannot_work_are_refused(data: dict[str, Any], key: str) -
         {"data": {"max_tokens": 523}},
         {**DPO, "data": {"max_tokens": 513}},
         {"loss": {"label_smoothing": 0.1, "alpha": 1}},
+        {"loss": {"kind": "simpo", "gamma": 0.5, "beta": 2, "sft_weight": 1}},
+        {**DPO, "loss": {"kind": "kto", "undesirable_weight": 0.5}, "model": {"reference": "live"}},
     ],
 )
 def test_settings_at_the_edge_are_accepted(data: dict[str, Any]) -> None:

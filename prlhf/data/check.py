@@ -79,6 +79,19 @@ def majority_share(rows: Sequence[PreferenceRow]) -> float | None:
     return max(longer, 1 - longer)
 
 
+def count_overlap(train: Iterable[PreferenceRow], rows: Sequence[PreferenceRow]) -> dict[str, int]:
+    """How many rows share their prompt, their pair or a response with a training row."""
+    training = list(train)
+    prompts = {prompt_group(row) for row in training}
+    pairs = {pair_content(row) for row in training}
+    responses = {response for row in training for response in row.responses}
+    return {
+        "prompt": sum(prompt_group(row) in prompts for row in rows),
+        "pair": sum(pair_content(row) in pairs for row in rows),
+        "response": sum(not responses.isdisjoint(row.responses) for row in rows),
+    }
+
+
 def _longer_won(row: PreferenceRow) -> float:
     difference = len(row.chosen) - len(row.rejected)
     return 0.5 if difference == 0 else float(difference > 0)
@@ -106,11 +119,12 @@ def _rendered(data: PreferenceData, tokenizer: Any, limits: dict[str, Any]) -> s
         for name, index in (("chosen", position), ("rejected", position + len(rows))):
             length = len(row.prompt_ids) + len(row.chosen_ids if name == "chosen" else row.rejected_ids)
             ids, labels = batch.input_ids[index, :length].tolist(), batch.labels[index, :length].tolist()
-            lines.append(f"    {name}: {_show(tokenizer, ids, labels)}")
+            lines.append(f"    {name}: {show_masked(tokenizer, ids, labels)}")
     return "\n".join(lines)
 
 
-def _show(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
+def show_masked(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str:
+    """A sequence as text, the part that labels score between << and >>."""
     masked = [token for token, label in zip(ids, labels, strict=True) if label == IGNORE_INDEX]
     scored = [label for label in labels if label != IGNORE_INDEX]
     return f"{ascii(tokenizer.decode(masked))} <<{ascii(tokenizer.decode(scored))}>>"
@@ -123,9 +137,9 @@ def _token_lengths(data: PreferenceData, tokenizer: Any, limits: dict[str, Any])
         dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(tokenized.dropped.items())) or "none"
         truncated = sum(_is_truncated(row, tokenizer.eos_token_id) for row in tokenized.rows)
         lines.append(f"  {name}: dropped {dropped}; truncated responses in {truncated} rows")
-        lines.append(f"    prompt   {_quantiles([len(row.prompt_ids) for row in tokenized.rows])}")
-        lines.append(f"    chosen   {_quantiles([len(row.chosen_ids) for row in tokenized.rows])}")
-        lines.append(f"    rejected {_quantiles([len(row.rejected_ids) for row in tokenized.rows])}")
+        lines.append(f"    prompt   {quantiles([len(row.prompt_ids) for row in tokenized.rows])}")
+        lines.append(f"    chosen   {quantiles([len(row.chosen_ids) for row in tokenized.rows])}")
+        lines.append(f"    rejected {quantiles([len(row.rejected_ids) for row in tokenized.rows])}")
     return "\n".join(lines)
 
 
@@ -136,12 +150,13 @@ def _is_truncated(row: TokenizedPair, eos: int) -> bool:
 def _character_lengths(data: PreferenceData) -> str:
     lines = ["characters"]
     for name, rows in _parts(data):
-        lines.append(f"  {name}: chosen {_quantiles([len(row.chosen) for row in rows])}")
-        lines.append(f"  {' ' * len(name)}  rejected {_quantiles([len(row.rejected) for row in rows])}")
+        lines.append(f"  {name}: chosen {quantiles([len(row.chosen) for row in rows])}")
+        lines.append(f"  {' ' * len(name)}  rejected {quantiles([len(row.rejected) for row in rows])}")
     return "\n".join(lines)
 
 
-def _quantiles(values: Sequence[int]) -> str:
+def quantiles(values: Sequence[int]) -> str:
+    """The spread of some lengths in one line."""
     if not values:
         return "-"
     ordered = sorted(values)
@@ -180,17 +195,10 @@ def _duplicates(data: PreferenceData) -> str:
 def _leaks(data: PreferenceData) -> str:
     """What evaluation rows share with the training rows; a shared pair is an error, the rest is for the reader."""
     lines = ["overlap with train (rows)"]
-    prompts = {prompt_group(row) for row in data.train}
-    pairs = {pair_content(row) for row in data.train}
-    responses = {response for row in data.train for response in (row.chosen, row.rejected)}
     for name, rows in _parts(data):
         if name == "train":
             continue
-        shared = {
-            "prompt": sum(prompt_group(row) in prompts for row in rows),
-            "pair": sum(pair_content(row) in pairs for row in rows),
-            "a response": sum(row.chosen in responses or row.rejected in responses for row in rows),
-        }
+        shared = count_overlap(data.train, rows)
         overlap = ", ".join(f"{what} {count} ({count / len(rows):.1%})" for what, count in shared.items())
         lines.append(f"  {name} of {len(rows)}: {overlap}{'  LEAK: the same pair' if shared['pair'] else ''}")
     return "\n".join(lines)

@@ -6,34 +6,34 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from prlhf.data.quoting import quote
-from prlhf.data.records import PreferenceRow, Prompt, pair_content
+from prlhf.data.records import JudgedRow, PreferenceRow, Row, pair_content
 
 MAX_MESSAGES = 10
 
 
-def unusable_reason(row: PreferenceRow) -> str | None:
+def unusable_reason(row: JudgedRow) -> str | None:
     """Why nothing can be learned from a row, or None."""
     if not (row.prompt.strip() if isinstance(row.prompt, str) else row.prompt):
         return "empty_prompt"
-    if not row.chosen.strip() or not row.rejected.strip():
+    if not all(response.strip() for response in row.responses):
         return "empty_response"
-    if row.chosen == row.rejected:
+    if len(set(row.responses)) < len(row.responses):
         return "equal_responses"
     return None
 
 
-def clean_rows(rows: Sequence[PreferenceRow]) -> tuple[list[PreferenceRow], dict[str, int]]:
-    """Leave out unusable rows and repetitions of a row: same user, prompt, chosen and rejected.
+def clean_rows(rows: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
+    """Leave out unusable rows and repetitions of a row: same user, prompt, responses and judgment.
 
-    A user who judged a pair both ways contradicts himself; both rows stay.
+    A user who judged the same thing both ways contradicts himself; both rows stay.
 
     Returns: (rows that stay, reason -> number of rows left out).
     """
-    kept: list[PreferenceRow] = []
+    kept: list[Row] = []
     dropped: Counter[str] = Counter()
-    seen: set[tuple[str, Prompt, str, str]] = set()
+    seen: set[object] = set()
     for row in rows:
-        judgment = (row.user_id, row.prompt, row.chosen, row.rejected)
+        judgment = (row.user_id, row.prompt, row.responses, getattr(row, "label", None))
         reason = unusable_reason(row) or ("duplicate" if judgment in seen else None)
         if reason:
             dropped[reason] += 1
@@ -60,14 +60,14 @@ def pair_id_conflicts(located: Iterable[tuple[str, PreferenceRow]]) -> list[str]
 
 
 def shared_pairs(
-    first: Iterable[tuple[str, PreferenceRow]], second: Iterable[tuple[str, PreferenceRow]]
+    first: Iterable[tuple[str, JudgedRow]], second: Iterable[tuple[str, JudgedRow]]
 ) -> list[str]:
-    """One line for each row of the second part whose pair the first part holds, whoever judged it."""
+    """One line for each row of the second part whose pair, or labelled response, the first part holds."""
     known: dict[object, str] = {}
     for where, row in first:
         known.setdefault(pair_content(row), where)
     shared = [
-        f"{where}: the same prompt and responses as {known[pair_content(row)]}; a pair belongs to one split only"
+        f"{where}: the same prompt and responses as {known[pair_content(row)]}; they belong to one split only"
         for where, row in second
         if pair_content(row) in known
     ]

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
+from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair, TokenizedResponse
 
 IGNORE_INDEX = -100
 Rows = TypeVar("Rows", bound="_PaddedRows")
@@ -27,8 +27,8 @@ class _PaddedRows:
         sequence_rows: (N,) the row among the B of each sequence. These and the following are plain numbers, so that
             laying out a batch never waits for the device.
         lengths: (N,) tokens of prompt and response.
-        prompts: (B,) equal numbers for equal prompts.
-        responses: (N,) equal numbers for equal responses.
+        prompt_keys: (B,) equal numbers for equal prompts.
+        response_keys: (N,) equal numbers for equal responses.
     """
 
     input_ids: Tensor
@@ -37,8 +37,8 @@ class _PaddedRows:
     rows: Tensor
     sequence_rows: tuple[int, ...]
     lengths: tuple[tuple[int, int], ...]
-    prompts: tuple[int, ...]
-    responses: tuple[int, ...]
+    prompt_keys: tuple[int, ...]
+    response_keys: tuple[int, ...]
 
     @property
     def num_unscored(self) -> int:
@@ -95,6 +95,52 @@ class PairBatch(_PaddedRows):
     """B preference rows as 2B sequences: 0..B-1 prompt + chosen, B..2B-1 prompt + rejected."""
 
 
+@dataclass(frozen=True)
+class LabelledBatch(_PaddedRows):
+    """B unpaired rows as 2B sequences: 0..B-1 prompt + response, B..2B-1 prompt + mismatched response.
+
+    Args:
+        liked: (B,) bool.
+    """
+
+    liked: Tensor
+
+    @property
+    def responses(self) -> ResponseBatch:
+        """The rows with their own responses."""
+        return self._half(slice(0, self.num_rows))
+
+    @property
+    def mismatched(self) -> ResponseBatch:
+        """The rows with responses to other prompts."""
+        return self._half(slice(self.num_rows, None))
+
+    def to(self, device: torch.device | str) -> LabelledBatch:
+        """The batch on another device."""
+        return replace(super().to(device), liked=self.liked.to(device))
+
+    def _half(self, part: slice) -> ResponseBatch:
+        return ResponseBatch(
+            input_ids=self.input_ids[part],
+            labels=self.labels[part],
+            user_ids=self.user_ids,
+            rows=self.rows,
+            sequence_rows=self.sequence_rows[part],
+            lengths=self.lengths[part],
+            prompt_keys=self.prompt_keys,
+            response_keys=self.response_keys[part],
+        )
+
+
+def collate_labelled(rows: Sequence[TokenizedLabelled], pad_id: int) -> LabelledBatch:
+    """Batch of at least one unpaired row."""
+    own = [(row.prompt_ids, row.response_ids) for row in rows]
+    mismatched = [(row.prompt_ids, row.mismatched_ids) for row in rows]
+    liked = torch.tensor([row.label for row in rows])
+    sequence_rows = (*range(len(rows)), *range(len(rows)))
+    return _collate(LabelledBatch, rows, own + mismatched, sequence_rows, pad_id, liked=liked)
+
+
 def collate_pairs(rows: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
     """Batch of at least one preference row."""
     chosen = [(row.prompt_ids, row.chosen_ids) for row in rows]
@@ -117,10 +163,11 @@ def collate_trees(trees: Sequence[ResponseTree], pad_id: int) -> ResponseBatch:
 
 def _collate(
     kind: type[Rows],
-    rows: Sequence[TokenizedPair] | Sequence[TokenizedResponse] | Sequence[ResponseTree],
+    rows: Sequence[TokenizedPair | TokenizedLabelled | TokenizedResponse | ResponseTree],
     sequences: list[tuple[tuple[int, ...], tuple[int, ...]]],
     sequence_rows: tuple[int, ...],
     pad_id: int,
+    **further: Tensor,
 ) -> Rows:
     input_ids, labels = _pad(sequences, pad_id)
     return kind(
@@ -130,8 +177,9 @@ def _collate(
         rows=_int64([row.row for row in rows]),
         sequence_rows=sequence_rows,
         lengths=tuple((len(prompt_ids), len(response_ids)) for prompt_ids, response_ids in sequences),
-        prompts=_number([row.prompt_ids for row in rows]),
-        responses=_number([response_ids for _, response_ids in sequences]),
+        prompt_keys=_number([row.prompt_ids for row in rows]),
+        response_keys=_number([response_ids for _, response_ids in sequences]),
+        **further,
     )
 
 

@@ -12,12 +12,22 @@ from typing import Any
 
 from prlhf.data.clean import clean_rows, pair_id_conflicts
 from prlhf.data.jsonl import read_rows
-from prlhf.data.prepared import PreparedSummary, check_writable, write_prepared
+from prlhf.data.prepared import PreparedSummary, all_labelled, check_writable, write_prepared
 from prlhf.data.quoting import did_you_mean, quote
-from prlhf.data.records import PREFERENCE_FIELDS, PreferenceRow, preference_row
-from prlhf.data.splits import split_preferences
+from prlhf.data.records import (
+    LABELLED_FIELDS,
+    PREFERENCE_FIELDS,
+    JudgedRow,
+    LabelledRow,
+    PreferenceRow,
+    is_labelled,
+    labelled_row,
+    preference_row,
+)
+from prlhf.data.splits import split_labelled, split_preferences
 from prlhf.errors import DataError
 
+FIELDS = tuple(dict.fromkeys((*PREFERENCE_FIELDS, *LABELLED_FIELDS)))
 logger = logging.getLogger(__name__)
 
 
@@ -72,46 +82,51 @@ def prepare_jsonl(
     """
     check_writable(out, force=force)
     rows, left_out = read_mapped_rows(raw, options)
-    split = split_preferences(
-        rows, source=str(raw), seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users
-    )
+    split_rows: Any = split_labelled if isinstance(rows[0], LabelledRow) else split_preferences
+    split = split_rows(rows, source=str(raw), seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users)
     left_out["unseen_user_on_training_prompt"] = split.num_left_out
     return write_prepared(out, split.data, force=force, left_out=left_out)
 
 
-def read_mapped_rows(raw: Path, options: JsonlOptions) -> tuple[list[PreferenceRow], dict[str, int]]:
-    """Rows of a file with the options applied.
+def read_mapped_rows(raw: Path, options: JsonlOptions) -> tuple[list[Any], dict[str, int]]:
+    """Rows of a file with the options applied: pairs, or unpaired rows where there is a label and no chosen response.
 
-    Returns: (rows, reason -> number of rows left out).
-    Raises: DataError: a bad option, an unknown column, or a bad row.
+    Returns: (rows of one kind, at least one; reason -> number of rows left out).
+    Raises: DataError: a bad option, an unknown column, a bad row, rows of both kinds, or no row left.
     """
     mapping = _parse_mapping(options)
     filters = [_Filter(*_assignment(text, "drop", "column=value")) for text in options.drop]
 
-    def parse(record: dict[str, Any], where: str) -> PreferenceRow | None:
+    def parse(record: dict[str, Any], where: str) -> JudgedRow | None:
         """The row, or None where a filter leaves it out; every filter sees every record."""
         hits = [drop.drops(record) for drop in filters]
         if any(hits):
             return None
-        return preference_row(_mapped(record, mapping, where), where)
+        fields = _mapped(record, mapping, where)
+        return labelled_row(fields, where) if is_labelled(fields) else preference_row(fields, where)
 
     read = read_rows(raw, parse)
     _check_filters(filters, raw)
     located = [(where, row) for where, row in read if row is not None]
-    conflicts = pair_id_conflicts(located)
+    all_labelled(located, raw)
+    conflicts = pair_id_conflicts((where, row) for where, row in located if isinstance(row, PreferenceRow))
     if conflicts:
         raise DataError(*conflicts)
-    rows = [row for _, row in located]
+    rows: list[Any] = [row for _, row in located]
     if options.opposed is not None:
         rows = [judgment for row in rows for judgment in _both_ways(row, *options.opposed)]
     kept, dropped = clean_rows(rows)
+    if not kept:
+        raise DataError(f"{raw}: no usable rows of {len(read)}; mend the file or the options")
     left_out = Counter(dropped)
     left_out.update({f"{drop.column}={drop.value}": drop.num_dropped for drop in filters})
     return kept, dict(left_out)
 
 
-def _both_ways(row: PreferenceRow, first: str, second: str) -> tuple[PreferenceRow, PreferenceRow]:
+def _both_ways(row: JudgedRow, first: str, second: str) -> tuple[JudgedRow, JudgedRow]:
     as_mapped = replace(row, user_id=first)
+    if isinstance(row, LabelledRow):
+        return as_mapped, replace(row, user_id=second, label=not row.label)
     return as_mapped, replace(row, user_id=second, chosen=row.rejected, rejected=row.chosen)
 
 
@@ -120,9 +135,9 @@ def _parse_mapping(options: JsonlOptions) -> dict[str, Callable[[dict[str, Any],
     readers: dict[str, Callable[[dict[str, Any], str], Any]] = {}
     for text in options.mapping:
         name, source = _assignment(text, "map", "field=column")
-        if name not in PREFERENCE_FIELDS:
-            raise DataError(f"--map {quote(text)}: {quote(name)} is no field{did_you_mean(name, PREFERENCE_FIELDS)}; "
-                            f"fields are {', '.join(PREFERENCE_FIELDS)}")
+        if name not in FIELDS:
+            raise DataError(f"--map {quote(text)}: {quote(name)} is no field{did_you_mean(name, FIELDS)}; "
+                            f"fields are {', '.join(FIELDS)}")
         if name in readers:
             raise DataError(f"--map {quote(text)}: {name} is mapped twice; give one mapping a field")
         readers[name] = _constant(source[1:]) if source.startswith("@") else _columns(source.split(","))
@@ -146,7 +161,7 @@ def _assignment(text: str, option: str, form: str) -> tuple[str, str]:
 def _mapped(
     record: dict[str, Any], mapping: Mapping[str, Callable[[dict[str, Any], str], Any]], where: str
 ) -> dict[str, Any]:
-    fields = {name: record[name] for name in PREFERENCE_FIELDS if name in record}
+    fields = {name: record[name] for name in FIELDS if name in record}
     fields.update({name: read(record, where) for name, read in mapping.items()})
     if "user_id" not in fields:
         raise DataError(f"{where}: no user_id; name its column (--map user_id=COLUMN), one user for all rows "

@@ -8,9 +8,9 @@ from typing import Any
 
 from prlhf.data.clean import pair_id_conflicts
 from prlhf.data.jsonl import OnBadRow, read_rows
-from prlhf.data.prepared import SPLITS, clean_and_warn, load_prepared, read_preferences
-from prlhf.data.records import PreferenceData, PreferenceRow, ResponseRow, preference_row, response_row
-from prlhf.data.splits import split_preferences, split_responses
+from prlhf.data.prepared import SPLITS, all_labelled, clean_and_warn, load_prepared, read_judgments
+from prlhf.data.records import LabelledData, PreferenceData, PreferenceRow, ResponseRow, preference_row, response_row
+from prlhf.data.splits import Data, Split, split_labelled, split_preferences, split_responses
 from prlhf.errors import DataError
 
 BUILTIN_PSOUPS = "builtin:psoups"
@@ -25,10 +25,24 @@ MAX_NEUTRAL_TEXTS = 200
 logger = logging.getLogger(__name__)
 
 
-def load_preference_data(
+def load_preference_data(source: str, **options: Any) -> PreferenceData:
+    """Load pairs.
+
+    Args:
+        **options: of `load_judged_data`.
+    Raises: DataError: no such source, or bad or unpaired data; file and line are named.
+    """
+    data = load_judged_data(source, **options)
+    if isinstance(data, LabelledData):
+        raise DataError(f"data.source {source!r}: holds unpaired rows (a response and a label), expected pairs (chosen "
+                        "and rejected); train on it with loss.kind kto, or give pairs")
+    return data
+
+
+def load_judged_data(
     source: str, *, seed: int, eval_prompts: float, unseen_users: float, on_bad_row: OnBadRow = "error"
-) -> PreferenceData:
-    """Load preference rows.
+) -> PreferenceData | LabelledData:
+    """Load pairs or unpaired rows, whichever the source holds.
 
     Args:
         source: "builtin:psoups", "builtin:tldr", "builtin:prism", a prepared directory, or one .jsonl file, which is
@@ -54,14 +68,18 @@ def load_preference_data(
     path = _existing(source, BUILTIN_PREFERENCES)
     if path.is_dir():
         return load_prepared(path, on_bad_row=on_bad_row)
-    located = read_preferences(path, on_bad_row)
-    conflicts = pair_id_conflicts(located)
+    located = read_judgments(path, on_bad_row)
+    labelled = all_labelled(located, path)
+    conflicts = pair_id_conflicts((where, row) for where, row in located if isinstance(row, PreferenceRow))
     if conflicts:
         raise DataError(*conflicts)
     rows = clean_and_warn(path, located)
     if not rows:
         raise DataError(f"{path}: no usable rows; training needs at least one")
-    return _split(rows, str(path), seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users)
+    shares: dict[str, Any] = {"seed": seed, "eval_prompts": eval_prompts, "unseen_users": unseen_users}
+    if labelled:
+        return _log_split(split_labelled(rows, source=str(path), **shares), seed)
+    return _split(rows, str(path), **shares)
 
 
 def load_response_rows(
@@ -152,10 +170,15 @@ def _split(
     rows: list[PreferenceRow], source: str, *, seed: int, eval_prompts: float, unseen_users: float
 ) -> PreferenceData:
     split = split_preferences(rows, source=source, seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users)
+    return _log_split(split, seed)
+
+
+def _log_split(split: Split[Data], seed: int) -> Data:
     data = split.data
     logger.info(
         "%s: split in memory by prompt and user (seed %d): train %d, dev %d, eval_seen %d, eval_unseen %d, left out %d",
-        source, seed, len(data.train), len(data.dev), len(data.eval_seen), len(data.eval_unseen), split.num_left_out,
+        data.source, seed, len(data.train), len(data.dev), len(data.eval_seen), len(data.eval_unseen),
+        split.num_left_out,
     )
     return data
 

@@ -15,14 +15,26 @@ from typing import Any
 from prlhf.data.clean import clean_rows, pair_id_conflicts, shared_pairs
 from prlhf.data.jsonl import OnBadRow, read_json_object, read_rows, write_jsonl
 from prlhf.data.quoting import quote
-from prlhf.data.records import PREFERENCE_FIELDS, PreferenceData, PreferenceRow, preference_row, record_from_row
+from prlhf.data.records import (
+    LABELLED_FIELDS,
+    PREFERENCE_FIELDS,
+    JudgedRow,
+    LabelledData,
+    LabelledRow,
+    PreferenceData,
+    PreferenceRow,
+    is_labelled,
+    labelled_row,
+    preference_row,
+    record_from_row,
+)
 from prlhf.errors import DataError
 
 SPLITS = ("train", "dev", "eval_seen", "eval_unseen")
 USERS_FILE = "users.json"
 logger = logging.getLogger(__name__)
 
-Located = list[tuple[str, PreferenceRow]]
+Located = list[tuple[str, JudgedRow]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,11 @@ class PreparedSummary:
 
 
 def write_prepared(
-    directory: Path, data: PreferenceData, *, force: bool = False, left_out: Mapping[str, int] | None = None
+    directory: Path,
+    data: PreferenceData | LabelledData,
+    *,
+    force: bool = False,
+    left_out: Mapping[str, int] | None = None,
 ) -> PreparedSummary:
     """Write a prepared directory atomically: it appears whole or not at all.
 
@@ -99,11 +115,11 @@ def check_writable(directory: Path, *, force: bool) -> None:
         raise DataError(f"{directory}: already holds prepared data; choose another --out, or replace it with --force")
 
 
-def load_prepared(directory: Path, *, on_bad_row: OnBadRow = "error") -> PreferenceData:
-    """Load a prepared directory and check it.
+def load_prepared(directory: Path, *, on_bad_row: OnBadRow = "error") -> PreferenceData | LabelledData:
+    """Load a prepared directory, of pairs or of unpaired rows, and check it.
 
-    Raises: DataError: no train.jsonl; a bad row; a pair_id for two different pairs; a pair in two of train, dev and
-        evaluation; a user on the wrong side of users.json.
+    Raises: DataError: no train.jsonl; a bad row; rows of both kinds; a pair_id for two different pairs; a pair in two
+        of train, dev and evaluation; a user on the wrong side of users.json.
     """
     if not (directory / "train.jsonl").is_file():
         raise DataError(f"{directory}: no train.jsonl; give a directory made by `prlhf data prepare`")
@@ -112,25 +128,28 @@ def load_prepared(directory: Path, *, on_bad_row: OnBadRow = "error") -> Prefere
     if users is not None:
         located = {name: [(where, _with_user_text(row, users, where)) for where, row in rows]
                    for name, rows in located.items()}
+    labelled = all_labelled([pair for part in located.values() for pair in part], directory)
     _check_pairs(located)
     _check_users(located, users)
-    rows: dict[str, Any] = {name: clean_and_warn(directory / f"{name}.jsonl", part) for name, part in located.items()}
+    rows: Any = {name: clean_and_warn(directory / f"{name}.jsonl", part) for name, part in located.items()}
     if not rows["train"]:
         raise DataError(f"{directory / 'train.jsonl'}: no usable rows; training needs at least one")
     declared = None if users is None else tuple(user_id for user_id, user in users.items() if user["split"] == "seen")
-    return PreferenceData(**rows, source=str(directory), declared_users=declared)
+    make = LabelledData if labelled else PreferenceData
+    preferences = {user_id: user["preference"] for user_id, user in (users or {}).items() if "preference" in user}
+    return make(**rows, source=str(directory), declared_users=declared, preferences=preferences)
 
 
-def read_preferences(path: Path, on_bad_row: OnBadRow) -> Located:
-    """("file:line", row) of a file of preference rows; columns that mean nothing to prlhf are named in a warning.
+def read_judgments(path: Path, on_bad_row: OnBadRow) -> Located:
+    """("file:line", row) of a file of pairs or unpaired rows; columns that are not used are named in a warning.
 
-    Raises: DataError: see read_rows and preference_row.
+    Raises: DataError: see read_rows, preference_row and labelled_row.
     """
     ignored: Counter[str] = Counter()
 
-    def parse(record: dict[str, Any], where: str) -> PreferenceRow:
-        ignored.update(record.keys() - set(PREFERENCE_FIELDS))
-        return preference_row(record, where)
+    def parse(record: dict[str, Any], where: str) -> JudgedRow:
+        ignored.update(record.keys() - set(LABELLED_FIELDS if is_labelled(record) else PREFERENCE_FIELDS))
+        return labelled_row(record, where) if is_labelled(record) else preference_row(record, where)
 
     located = read_rows(path, parse, on_bad_row=on_bad_row)
     if ignored:
@@ -138,22 +157,35 @@ def read_preferences(path: Path, on_bad_row: OnBadRow) -> Located:
     return located
 
 
-def clean_and_warn(path: Path, located: Located) -> list[PreferenceRow]:
+def all_labelled(located: Located, path: Path) -> bool:
+    """Whether the rows are unpaired ones.
+
+    Raises: DataError: some are and some are not.
+    """
+    labelled = [where for where, row in located if isinstance(row, LabelledRow)]
+    if 0 < len(labelled) < len(located):
+        raise DataError(f"{path}: {len(labelled)} of {len(located)} rows are unpaired, such as {labelled[0]}; "
+                        "keep rows of one kind together")
+    return bool(labelled)
+
+
+def clean_and_warn(path: Path, located: Located) -> list[Any]:
     """clean_rows, with what is left out in a warning."""
-    rows, dropped = clean_rows([row for _, row in located])
+    given: list[Any] = [row for _, row in located]
+    rows, dropped = clean_rows(given)
     if dropped:
         logger.warning("%s: left out of %d rows: %s", path, len(located), dropped)
     return rows
 
 
 def _load_split(path: Path, on_bad_row: OnBadRow) -> Located:
-    return read_preferences(path, on_bad_row) if path.exists() else []
+    return read_judgments(path, on_bad_row) if path.exists() else []
 
 
 def _check_pairs(located: Mapping[str, Located]) -> None:
     everything = [pair for name in SPLITS for pair in located[name]]
     parts: Sequence[Located] = (located["train"], located["dev"], located["eval_seen"] + located["eval_unseen"])
-    messages = pair_id_conflicts(everything)
+    messages = pair_id_conflicts((where, row) for where, row in everything if isinstance(row, PreferenceRow))
     for first, second in combinations(parts, 2):
         messages += shared_pairs(first, second)
     if messages:
@@ -174,17 +206,19 @@ def _check_users(located: Mapping[str, Located], users: Mapping[str, dict[str, s
                                 "move the row, or mend users.json")
 
 
-def _declared(data: PreferenceData, seen: Sequence[str]) -> dict[str, dict[str, str]]:
+def _declared(data: PreferenceData | LabelledData, seen: Sequence[str]) -> dict[str, dict[str, str]]:
     """users.json, with the texts of users whose rows all carry the same one."""
     texts = data.user_texts()
     splits = dict.fromkeys(seen, "seen") | dict.fromkeys((row.user_id for row in data.eval_unseen), "unseen")
-    return {
-        user_id: {"user_text": texts[user_id], "split": split} if user_id in texts else {"split": split}
-        for user_id, split in splits.items()
-    }
+    users: dict[str, dict[str, str]] = {}
+    for user_id, split in splits.items():
+        users[user_id] = {"user_text": texts[user_id], "split": split} if user_id in texts else {"split": split}
+        if user_id in data.preferences:
+            users[user_id]["preference"] = data.preferences[user_id]
+    return users
 
 
-def _without_texts(rows: Sequence[PreferenceRow], users: Mapping[str, dict[str, str]]) -> list[PreferenceRow]:
+def _without_texts(rows: Sequence[Any], users: Mapping[str, dict[str, str]]) -> list[Any]:
     """The rows without what users.json says of their users."""
     return [replace(row, user_text="") if "user_text" in users[row.user_id] else row for row in rows]
 
@@ -197,12 +231,14 @@ def _load_users(path: Path) -> dict[str, dict[str, str]] | None:
         where = f"{path}: user {quote(user_id)}"
         if not isinstance(user, dict) or user.get("split") not in ("seen", "unseen"):
             raise DataError(f'{where}: {quote(user)}, expected {{"user_text": string, "split": "seen" or "unseen"}}')
-        if not isinstance(user.setdefault("user_text", ""), str):
-            raise DataError(f"{where}: user_text is {quote(user['user_text'])}, expected a string")
+        user.setdefault("user_text", "")
+        for name in ("user_text", "preference"):
+            if not isinstance(user.get(name, ""), str):
+                raise DataError(f"{where}: {name} is {quote(user[name])}, expected a string")
     return users
 
 
-def _with_user_text(row: PreferenceRow, users: Mapping[str, dict[str, str]], where: str) -> PreferenceRow:
+def _with_user_text(row: JudgedRow, users: Mapping[str, dict[str, str]], where: str) -> JudgedRow:
     if row.user_id not in users:
         raise DataError(f"{where}: user {quote(row.user_id)} is not in {USERS_FILE}; add the user or remove the file")
     user_text = users[row.user_id]["user_text"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def prepare_psoups(
         rows, source=str(raw), seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users
     )
     left_out = {**dropped, "unseen_user_on_training_prompt": split.num_left_out}
-    return write_prepared(out, split.data, force=force, left_out=left_out)
+    data = replace(split.data, preferences=PREFERENCE_PROMPTS)
+    return write_prepared(out, data, force=force, left_out=left_out)
 
 
 def read_psoups(raw: Path) -> tuple[list[PreferenceRow], dict[str, int]]:

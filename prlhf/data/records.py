@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 from prlhf.data.quoting import did_you_mean, quote
 from prlhf.errors import DataError
 
 GENERIC_USER_ID = 0
 PREFERENCE_FIELDS = ("pair_id", "user_id", "prompt", "chosen", "rejected", "user_text")
+LABELLED_FIELDS = ("user_id", "prompt", "response", "completion", "label", "user_text")
 RESPONSE_FIELDS = ("text", "prompt", "response", "user_text")
 
 
@@ -47,6 +48,31 @@ class PreferenceRow:
     rejected: str
     user_text: str = ""
 
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """The texts that were judged."""
+        return self.chosen, self.rejected
+
+
+@dataclass(frozen=True)
+class LabelledRow:
+    """One unpaired judgment: the user liked (`label` true) or disliked `response` as an answer to `prompt`."""
+
+    user_id: str
+    prompt: Prompt
+    response: str
+    label: bool
+    user_text: str = ""
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """The text that was judged."""
+        return (self.response,)
+
+
+JudgedRow = PreferenceRow | LabelledRow
+Row = TypeVar("Row", PreferenceRow, LabelledRow)
+
 
 @dataclass(frozen=True)
 class ResponseRow:
@@ -58,22 +84,24 @@ class ResponseRow:
 
 
 @dataclass(frozen=True)
-class PreferenceData:
+class JudgedData(Generic[Row]):
     """Rows for training, for tuning (`dev`) and for reporting, on users seen in training and on others.
 
     Args:
         source: where the rows come from, for messages and reports.
         declared_users: seen user ids in the order of users.json; None without one.
         ceiling: expected accuracy of one who knows every user's taste, below 1 where labels are noisy; None: not known.
+        preferences: user id -> what the user likes, in a sentence; for the prompted baseline alone.
     """
 
-    train: list[PreferenceRow]
-    dev: list[PreferenceRow]
-    eval_seen: list[PreferenceRow]
-    eval_unseen: list[PreferenceRow]
+    train: list[Row]
+    dev: list[Row]
+    eval_seen: list[Row]
+    eval_unseen: list[Row]
     source: str
     declared_users: tuple[str, ...] | None = None
     ceiling: float | None = None
+    preferences: Mapping[str, str] = field(default_factory=dict)
 
     def user_ids(self) -> list[str]:
         """Seen users: the declared ones, else those of the training rows in order of first appearance."""
@@ -87,6 +115,16 @@ class PreferenceData:
         for row in (*self.train, *self.dev, *self.eval_seen, *self.eval_unseen):
             texts.setdefault(row.user_id, set()).add(row.user_text)
         return {user_id: text for user_id, (text, *others) in texts.items() if text and not others}
+
+
+@dataclass(frozen=True)
+class PreferenceData(JudgedData[PreferenceRow]):
+    """Pairs."""
+
+
+@dataclass(frozen=True)
+class LabelledData(JudgedData[LabelledRow]):
+    """Single responses with a label."""
 
 
 class UserIndex:
@@ -141,13 +179,13 @@ def make_pair_id(prompt: Prompt, first: str, second: str) -> str:
     return hashlib.sha256(content.encode("ascii")).hexdigest()[:16]
 
 
-def pair_content(row: PreferenceRow) -> tuple[Prompt, frozenset[str]]:
-    """What was compared, whoever judged it and however."""
-    return row.prompt, frozenset((row.chosen, row.rejected))
+def pair_content(row: JudgedRow) -> tuple[Prompt, frozenset[str]]:
+    """What was judged, whoever did and however."""
+    return row.prompt, frozenset(row.responses)
 
 
-def record_from_row(row: PreferenceRow | ResponseRow) -> dict[str, Any]:
-    """The JSON row of a preference or response row; an empty user_text is left out."""
+def record_from_row(row: JudgedRow | ResponseRow) -> dict[str, Any]:
+    """The JSON row of a row; an empty user_text is left out."""
     record = {name: getattr(row, name) for name in row.__dataclass_fields__}
     record["prompt"] = prompt_record(row.prompt)
     if not row.user_text:
@@ -175,6 +213,30 @@ def preference_row(record: dict[str, Any], where: str) -> PreferenceRow:
         rejected=rejected,
         user_text=_text(record, "user_text", where),
     )
+
+
+def labelled_row(record: dict[str, Any], where: str) -> LabelledRow:
+    """Read an unpaired JSON row: {"user_id", "prompt", "response", "label"}, TRL's unpaired format plus `user_id`.
+
+    TRL's name for the response, "completion", is taken too.
+
+    Raises: DataError: a field is missing or has the wrong type.
+    """
+    label = _required(record, "label", where)
+    if not isinstance(label, bool):
+        raise DataError(f"{where}: label is {quote(label)}, expected true or false")
+    return LabelledRow(
+        user_id=_user_id(record, where),
+        prompt=_prompt(_required(record, "prompt", where), where),
+        response=_response(record, "response" if "response" in record else "completion", where),
+        label=label,
+        user_text=_text(record, "user_text", where),
+    )
+
+
+def is_labelled(record: Mapping[str, Any]) -> bool:
+    """Whether a JSON row is an unpaired one."""
+    return "label" in record and "chosen" not in record
 
 
 def response_row(record: dict[str, Any], where: str) -> ResponseRow:

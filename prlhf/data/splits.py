@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow
+from prlhf.data.records import (
+    JudgedRow,
+    LabelledData,
+    LabelledRow,
+    PreferenceData,
+    PreferenceRow,
+    Prompt,
+    ResponseRow,
+    Row,
+)
 from prlhf.errors import DataError
 
 DEV_SHARE = 0.05
 K = TypeVar("K", bound=Hashable)
+Data = TypeVar("Data", PreferenceData, LabelledData)
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Generic[Data]):
     """A split and the rows that belong to none of its parts.
 
     Args:
@@ -24,11 +34,11 @@ class Split:
             prompt would not be.
     """
 
-    data: PreferenceData
+    data: Data
     num_left_out: int
 
 
-def prompt_group(row: PreferenceRow | ResponseRow) -> Hashable:
+def prompt_group(row: JudgedRow | ResponseRow) -> Hashable:
     """What undivided rows share: the prompt without regard to case and spacing; of a dialogue, its opening."""
     return " ".join(_opening(row.prompt).casefold().split())
 
@@ -41,7 +51,7 @@ def split_preferences(
     eval_prompts: float,
     unseen_users: float,
     group: Callable[[PreferenceRow], Hashable] = prompt_group,
-) -> Split:
+) -> Split[PreferenceData]:
     """Split rows by group and by user.
 
     Training rows are those of seen users on training groups; `dev` is 5% of the training groups. Users who are left
@@ -53,6 +63,35 @@ def split_preferences(
         group: rows of one group go to the same part.
     Raises: DataError: a share out of range, or no training row left.
     """
+    parts, num_left_out = _split_rows(
+        rows, source=source, seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users, group=group
+    )
+    return Split(PreferenceData(**parts, source=source), num_left_out)
+
+
+def split_labelled(
+    rows: Sequence[LabelledRow], *, source: str, seed: int, eval_prompts: float, unseen_users: float
+) -> Split[LabelledData]:
+    """Split unpaired rows as `split_preferences` does pairs.
+
+    Raises: DataError: a share out of range, or no training row left.
+    """
+    parts, num_left_out = _split_rows(
+        rows, source=source, seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users, group=prompt_group
+    )
+    return Split(LabelledData(**parts, source=source), num_left_out)
+
+
+def _split_rows(
+    rows: Sequence[Row],
+    *,
+    source: str,
+    seed: int,
+    eval_prompts: float,
+    unseen_users: float,
+    group: Callable[[Row], Hashable],
+) -> tuple[dict[str, Any], int]:
+    """Split name -> rows, and the number of rows left out."""
     for name, share in (("eval_prompts", eval_prompts), ("unseen_users", unseen_users)):
         if not 0 <= share < 1:
             raise DataError(f"{name} is {share}, expected a share from 0 to below 1")
@@ -71,14 +110,14 @@ def split_preferences(
                         f"prompts with eval_prompts {eval_prompts}, unseen_users {unseen_users}; lower them")
     seen = {row.user_id for row in train}
     held_out = [row for row in rows if group(row) in eval_groups]
-    data = PreferenceData(
-        train=train,
-        dev=[row for row in rows if row.user_id in seen and group(row) in dev_groups],
-        eval_seen=[row for row in held_out if row.user_id in seen],
-        eval_unseen=[row for row in held_out if row.user_id not in seen],
-        source=source,
-    )
-    return Split(data, len(rows) - len(data.train) - len(data.dev) - len(held_out))
+    dev = [row for row in rows if row.user_id in seen and group(row) in dev_groups]
+    parts = {
+        "train": train,
+        "dev": dev,
+        "eval_seen": [row for row in held_out if row.user_id in seen],
+        "eval_unseen": [row for row in held_out if row.user_id not in seen],
+    }
+    return parts, len(rows) - len(train) - len(dev) - len(held_out)
 
 
 def split_responses(rows: Sequence[ResponseRow], *, seed: int) -> tuple[list[ResponseRow], list[ResponseRow]]:

@@ -14,12 +14,12 @@ from typing import Any, Generic, TypeVar
 
 from prlhf.data.clean import unusable_reason
 from prlhf.data.quoting import quote
-from prlhf.data.records import GENERIC_USER_ID, Message, PreferenceRow, Prompt, ResponseRow, UserIndex
+from prlhf.data.records import GENERIC_USER_ID, LabelledRow, Message, PreferenceRow, Prompt, ResponseRow, UserIndex
 from prlhf.data.render import encode_rendered, encode_text, has_chat_template, render, render_prompt
 from prlhf.errors import DataError
 
 __all__ = [
-    "Tokenized", "TokenizedPair", "TokenizedResponse",
+    "Tokenized", "TokenizedLabelled", "TokenizedPair", "TokenizedResponse",
     "encode_prompt", "render_prompt", "tokenize_pairs", "tokenize_responses",
 ]
 
@@ -47,12 +47,49 @@ class TokenizedPair:
     @property
     def num_tokens(self) -> int:
         """Tokens of the longer of the row's two sequences."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+        return len(self.prompt_ids) + max(map(len, self.responses))
+
+    @property
+    def responses(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of the chosen and of the rejected response."""
+        return self.chosen_ids, self.rejected_ids
 
     @property
     def num_packed_tokens(self) -> int:
         """Tokens of the prompt and of both responses."""
-        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+        return len(self.prompt_ids) + sum(map(len, self.responses))
+
+
+@dataclass(frozen=True)
+class TokenizedLabelled:
+    """One unpaired row as ids; see TokenizedPair.
+
+    Args:
+        mismatched_ids: a response to another prompt.
+        label: whether the user liked the response.
+    """
+
+    row: int
+    user_id: int
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    mismatched_ids: tuple[int, ...]
+    label: bool
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the longer of the row's two sequences."""
+        return len(self.prompt_ids) + max(map(len, self.responses))
+
+    @property
+    def responses(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids of the row's response and of the mismatched one."""
+        return self.response_ids, self.mismatched_ids
+
+    @property
+    def num_packed_tokens(self) -> int:
+        """Tokens of the prompt and of both responses."""
+        return len(self.prompt_ids) + sum(map(len, self.responses))
 
 
 @dataclass(frozen=True)
@@ -130,7 +167,7 @@ def tokenize_pairs(
 
 
 def tokenize_responses(
-    rows: Sequence[ResponseRow],
+    rows: Sequence[ResponseRow | LabelledRow],
     tokenizer: Any,
     *,
     max_tokens: int,

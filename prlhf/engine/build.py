@@ -7,16 +7,24 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from prlhf.config import Config
-from prlhf.data.load import load_neutral_texts, load_preference_data, load_response_rows
-from prlhf.data.records import PreferenceData, ResponseRow
+from prlhf.config import REFERENCE_FREE_KINDS, Config
+from prlhf.data.labelled import labelled_from_pairs, preferences_from_labelled, tokenize_labelled
+from prlhf.data.load import load_judged_data, load_neutral_texts, load_preference_data, load_response_rows
+from prlhf.data.records import LabelledData, LabelledRow, PreferenceData, ResponseRow
 from prlhf.data.sampler import num_steps_per_epoch
-from prlhf.data.tokenize import TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
+from prlhf.data.tokenize import (
+    Tokenized,
+    TokenizedLabelled,
+    TokenizedPair,
+    TokenizedResponse,
+    tokenize_pairs,
+    tokenize_responses,
+)
 from prlhf.distributed import rank, world_size
 from prlhf.engine.objective import Objective
 from prlhf.engine.optim import make_optimizer
@@ -36,7 +44,8 @@ from prlhf.models.policy import PersonalizedPolicy, Reference
 logger = logging.getLogger(__name__)
 
 NUM_PROBES = 4
-PREFERENCE_METHODS = ("dpo", "pdpo")  # those that compare with a reference
+PREFERENCE_METHODS = ("dpo", "pdpo")
+TokenizedRows = Sequence[TokenizedPair] | Sequence[TokenizedLabelled] | Sequence[TokenizedResponse]
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
@@ -49,7 +58,7 @@ class Job:
     model: Model
     optimizer: torch.optim.Optimizer
     objective: Objective
-    rows: Sequence[TokenizedPair] | Sequence[TokenizedResponse]
+    rows: TokenizedRows
     dropped: dict[str, int]
     preferences: PreferenceData | None
     dev_responses: list[ResponseRow]
@@ -61,9 +70,28 @@ class Job:
 
     @property
     def reference(self) -> Reference | None:
-        """The frozen policy that the objective compares with; None for sft and reward models."""
-        compares = isinstance(self.model, PersonalizedPolicy) and self.config.method in PREFERENCE_METHODS
-        return cast(PersonalizedPolicy, self.model).reference if compares else None
+        """The frozen policy that the objective compares with; None for sft, reward models and losses without one."""
+        return cast(PersonalizedPolicy, self.model).reference if compares_with_reference(self.config) else None
+
+
+class JobData(NamedTuple):
+    """The rows of a configuration: one of the three kinds to train on, and pairs to evaluate on.
+
+    Args:
+        preferences: pairs, to train on unless there are labelled rows; None for sft.
+        labelled: unpaired training rows, for kto.
+        responses: training rows of sft; dev_responses those to evaluate on.
+    """
+
+    preferences: PreferenceData | None
+    labelled: list[LabelledRow] | None
+    responses: list[ResponseRow]
+    dev_responses: list[ResponseRow]
+
+
+def compares_with_reference(config: Config) -> bool:
+    """Whether the loss needs the reference's log-probs."""
+    return config.method in PREFERENCE_METHODS and config.loss.kind not in REFERENCE_FREE_KINDS
 
 
 def make_spec(config: Config) -> PolicySpec:
@@ -106,13 +134,28 @@ def make_autocast(precision: str, device: torch.device) -> Autocast:
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def load_job_data(config: Config) -> tuple[PreferenceData | None, list[ResponseRow], list[ResponseRow]]:
-    """Preference data, or training and dev responses for sft."""
+def source_options(config: Config) -> dict[str, Any]:
+    """How a preference source is read."""
     data = config.data
-    options: dict[str, Any] = {"seed": data.seed, "eval_prompts": data.eval_prompts, "on_bad_row": data.on_bad_row}
+    shares = {"eval_prompts": data.eval_prompts, "unseen_users": data.unseen_users}
+    return {"seed": data.seed, "on_bad_row": data.on_bad_row, **shares}
+
+
+def load_job_data(config: Config) -> JobData:
+    """The rows that a configuration asks for.
+
+    Raises: DataError: no such source, bad data, or unpaired rows for a method that needs pairs.
+    """
+    source, options = config.data.source, source_options(config)
     if config.method == "sft":
-        return None, *load_response_rows(data.source, **options)
-    return load_preference_data(data.source, unseen_users=data.unseen_users, **options), [], []
+        del options["unseen_users"]  # demonstrations are everybody's
+        return JobData(None, None, *load_response_rows(source, **options))
+    if config.loss.kind != "kto":
+        return JobData(load_preference_data(source, **options), None, [], [])
+    judged = load_judged_data(source, **options)
+    if isinstance(judged, LabelledData):
+        return JobData(preferences_from_labelled(judged), judged.train, [], [])
+    return JobData(judged, labelled_from_pairs(judged.train), [], [])
 
 
 def load_job_neutral(config: Config, preferences: PreferenceData | None) -> list[ResponseRow]:
@@ -136,20 +179,15 @@ def build_job(config: Config) -> Job:
         torch.set_num_threads(config.train.num_threads)
     torch.manual_seed(config.seed + rank())
     device = pick_device(config.train.device)
-    preferences, train_responses, dev_responses = load_job_data(config)
-    neutral = load_job_neutral(config, preferences)
+    data = load_job_data(config)
+    neutral = load_job_neutral(config, data.preferences)
     spec = make_spec(config)
     make = make_reward_model if config.method in REWARD_METHODS else make_policy
-    model: Model = make(spec, preferences.user_ids() if preferences else [])
+    model: Model = make(spec, data.preferences.user_ids() if data.preferences else [])
     if not config.train.packing:
         model.packing = None
     check_positions(model, config.data.max_tokens)
-    limits = tokenize_limits(config, model)
-    if preferences is not None:
-        users = model.users if spec.user_kind != "none" else None
-        tokenized: Any = tokenize_pairs(preferences.train, model.tokenizer, users, **limits)
-    else:
-        tokenized = tokenize_responses(train_responses, model.tokenizer, **limits)
+    tokenized = _tokenize(config, model, data)
     if not tokenized.rows:
         raise DataError(
             f"data.source {config.data.source!r}: no training row is left after tokenizing "
@@ -157,7 +195,7 @@ def build_job(config: Config) -> Job:
         )
     model.to(device)
     if model.user_encoder is not None:
-        init_user_encoder_(model, spec, [row.prompt_ids + row.chosen_ids for row in tokenized.rows[:NUM_PROBES]])
+        init_user_encoder_(model, spec, [row.prompt_ids + row.responses[0] for row in tokenized.rows[:NUM_PROBES]])
     _prepare_for_training_(model, config, spec)
     train = config.train
     optimizer = make_optimizer(
@@ -176,14 +214,32 @@ def build_job(config: Config) -> Job:
         rows=tokenized.rows,
         dropped=tokenized.dropped,
         objective=make_objective(config),
-        preferences=preferences,
-        dev_responses=dev_responses,
+        preferences=data.preferences,
+        dev_responses=data.dev_responses,
         neutral=neutral,
         data_sha256=hash_rows(tokenized.rows),
         max_steps=max_steps,
         autocast=make_autocast(train.precision, device),
         pad_id=pad_token_id(model.tokenizer),
     )
+
+
+def _tokenize(config: Config, model: Model, data: JobData) -> Tokenized[Any]:
+    """The training rows as ids."""
+    limits: dict[str, Any] = tokenize_limits(config, model)
+    users = model.users if model.user_encoder is not None else None
+    if data.labelled is not None:
+        return tokenize_labelled(data.labelled, model.tokenizer, users, **limits, seed=config.seed)
+    if data.preferences is not None:
+        return tokenize_pairs(data.preferences.train, model.tokenizer, users, **limits)
+    return tokenize_responses(data.responses, model.tokenizer, **limits)
+
+
+def restore_reference_(job: Job) -> None:
+    """Load the starting weights once more where full fine-tuning kept no copy and evaluation compares with them."""
+    if isinstance(job.model, PersonalizedPolicy) and job.spec.lora_rank is None and job.reference is None:
+        start = make_policy(replace(job.spec, user_kind="none"), []).to(job.model.device)
+        job.model.reference = Reference(start.eval())
 
 
 def make_objective(config: Config) -> Objective:
@@ -196,6 +252,9 @@ def make_objective(config: Config) -> Objective:
         alpha=loss.alpha,
         label_smoothing=loss.label_smoothing,
         sft_weight=loss.sft_weight,
+        gamma=loss.gamma,
+        desirable_weight=loss.desirable_weight,
+        undesirable_weight=loss.undesirable_weight,
     )
 
 
@@ -218,7 +277,7 @@ def check_positions(model: PersonalizedModel, max_tokens: int) -> None:
         )
 
 
-def hash_rows(rows: Sequence[TokenizedPair] | Sequence[TokenizedResponse]) -> str:
+def hash_rows(rows: TokenizedRows) -> str:
     """sha256 of the tokenized training rows, so that a resumed run goes on with the same data."""
     digest = hashlib.sha256()
     for row in rows:
@@ -227,7 +286,7 @@ def hash_rows(rows: Sequence[TokenizedPair] | Sequence[TokenizedResponse]) -> st
 
 
 def _prepare_for_training_(model: Model, config: Config, spec: PolicySpec) -> None:
-    if isinstance(model, PersonalizedPolicy) and spec.lora_rank is None and config.method in PREFERENCE_METHODS:
+    if isinstance(model, PersonalizedPolicy) and spec.lora_rank is None and compares_with_reference(config):
         model.reference = Reference(model, frozen_copy=True)
     if config.model.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable(  # type: ignore[operator]

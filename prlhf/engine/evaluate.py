@@ -81,7 +81,7 @@ def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequ
 
 def load_preferences(config: Config) -> PreferenceData:
     """The preference data of a configuration."""
-    data, _, _ = load_job_data(config)
+    data = load_job_data(config).preferences
     assert data is not None
     return data
 

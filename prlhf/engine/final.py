@@ -12,17 +12,19 @@ from typing import Any
 
 import torch
 
-from prlhf.config import Config
-from prlhf.data.check import length_only_accuracy, majority_share
+from prlhf.config import REFERENCE_FREE_KINDS, Config
+from prlhf.data.check import count_overlap, length_only_accuracy, majority_share
 from prlhf.data.load import BUILTIN_TEXT
 from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow
 from prlhf.data.tokenize import Tokenized, TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
 from prlhf.distributed import all_reduce_sum, barrier, is_main, rank, world_size
-from prlhf.engine.build import Autocast, Job, tokenize_limits
+from prlhf.engine.build import Autocast, Job, restore_reference_, tokenize_limits
 from prlhf.engine.checkpoint import Progress
 from prlhf.engine.step import Model
 from prlhf.evaluation.accuracy import PairMargins, has_length_gap, score_pairs, summarize_accuracy, user_accuracies
+from prlhf.evaluation.baselines import few_shot_baseline, format_only_accuracy, prompted_baseline
 from prlhf.evaluation.judges import RuleJudge
+from prlhf.evaluation.leaks import expected_when_shuffled, shuffled_users
 from prlhf.evaluation.samples import (
     GENERIC,
     Sample,
@@ -37,9 +39,11 @@ from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.evaluation.tax import personalization_tax
 from prlhf.files import write_json_atomic, write_text_atomic
 from prlhf.generation import SamplingOptions
+from prlhf.models.backbone import position_limit
 from prlhf.models.policy import PersonalizedPolicy
 
 OnBatch = Callable[[], None]
+FEW_SHOT_TOKENS = 512  # a prompt with labelled pairs may be longer than the training rows, where positions allow
 GENERATION_TIMEOUT_S = 24 * 3600.0  # the main rank answers alone, the others wait
 
 
@@ -48,13 +52,25 @@ class Evaluator:
 
     Args:
         on_batch: called between batches; may raise to stop.
+        with_reference: False leaves the reference's figures out, for a policy that has none now.
     """
 
     def __init__(
-        self, config: Config, model: Model, *, pad_id: int, autocast: Autocast, on_batch: OnBatch
+        self,
+        config: Config,
+        model: Model,
+        *,
+        pad_id: int,
+        autocast: Autocast,
+        on_batch: OnBatch,
+        with_reference: bool = True,
     ) -> None:
         self.config = config
         self.model = model
+        self.pairs: dict[str, Any] = {
+            "reference_free": config.loss.kind in REFERENCE_FREE_KINDS,
+            "with_reference": with_reference,
+        }
         self.autocast = autocast
         self.scoring: dict[str, Any] = {
             "pad_id": pad_id,
@@ -71,7 +87,13 @@ class Evaluator:
             for margins in (seen_margins, unseen_margins)
         ]
         slices = {"length_gap_20": self._slice(*apart)} if any(margins.rows for margins in apart) else {}
-        return {**blocks, "slices": slices}
+        return {**blocks, "margin": self._margin_name(), "slices": slices}
+
+    def _margin_name(self) -> str:
+        """What a row's margin is the difference of."""
+        if not isinstance(self.model, PersonalizedPolicy):
+            return "score"
+        return "mean_logp" if self.pairs["reference_free"] else "log_ratio"
 
     def _blocks(self, seen: PairMargins, unseen: PairMargins) -> dict[str, Any]:
         seed = self.config.seed
@@ -104,7 +126,45 @@ class Evaluator:
             rows, self.model.tokenizer, users, **tokenize_limits(self.config, self.model)
         )
         with self.autocast():
-            return score_pairs(self.model, rows, tokenized.rows, **self.scoring)
+            return score_pairs(self.model, rows, tokenized.rows, **self.pairs, **self.scoring)
+
+    def baselines(self, data: PreferenceData) -> dict[str, Any]:
+        """What needs no training: rules on form, and for a policy its reference told what the user likes."""
+        parts = (("seen", data.eval_seen), ("unseen", data.eval_unseen))
+        blocks: dict[str, Any] = {
+            "length_only": {name: length_only_accuracy(data.train, rows) for name, rows in parts},
+            "format_only": {name: format_only_accuracy(data.train, rows) for name, rows in parts},
+        }
+        if not isinstance(self.model, PersonalizedPolicy):
+            return blocks
+        rows, max_tokens = data.eval_seen, self.config.data.max_tokens
+        limits = {**tokenize_limits(self.config, self.model), "num_user_tokens": 0}
+        tokenized = tokenize_pairs(rows, self.model.tokenizer, None, **limits).rows
+        positions = position_limit(self.model.backbone) or FEW_SHOT_TOKENS
+        longest = max(max_tokens, min(FEW_SHOT_TOKENS, positions))
+        options = {"max_tokens": longest, "seed": self.config.seed, **self.scoring}
+        num_pairs = self.config.eval.few_shot
+        with self.autocast():
+            blocks["prompted"] = prompted_baseline(self.model, rows, tokenized, data.preferences, **options)
+            blocks["few_shot"] = few_shot_baseline(
+                self.model, rows, tokenized, data.train, num_pairs=num_pairs, **options
+            )
+        return blocks
+
+    def leaks(self, data: PreferenceData) -> dict[str, Any]:
+        """What evaluation shares with training, and accuracy with the users drawn anew, for a model with users."""
+        parts = {"eval_seen": data.eval_seen, "eval_unseen": data.eval_unseen}
+        overlap = {name: {"rows": len(rows), **count_overlap(data.train, rows)} for name, rows in parts.items()}
+        if self.model.user_encoder is None:
+            return {"overlap": overlap, "shuffled_users": None}
+        tokenized = tokenize_pairs(
+            data.eval_seen, self.model.tokenizer, self.model.users, **tokenize_limits(self.config, self.model)
+        )
+        options = {"seed": self.config.seed, **self.pairs, **self.scoring}
+        with self.autocast():
+            shuffled = shuffled_users(self.model, data.eval_seen, tokenized.rows, **options)
+        expected = expected_when_shuffled(data.train, data.eval_seen)
+        return {"overlap": overlap, "shuffled_users": shuffled and {**shuffled, "expected": expected}}
 
     def nll(self, rows: Sequence[ResponseRow]) -> dict[str, Any] | None:
         """Mean NLL per token of demonstrations, for sft; None when no row is left after tokenizing."""
@@ -210,10 +270,7 @@ def evaluate_preferences(
         neutral: texts that no user judged.
     """
     figures = evaluator.accuracy(data.eval_seen, data.eval_unseen)
-    figures["length_only"] = {
-        name: length_only_accuracy(data.train, rows)
-        for name, rows in (("seen", data.eval_seen), ("unseen", data.eval_unseen))
-    }
+    figures["baselines"], figures["leaks"] = evaluator.baselines(data), evaluator.leaks(data)
     figures.update({"tax": evaluator.tax(neutral), "ceiling": data.ceiling})
     figures.update({"win_rate": None, "on_side": None, "text": None, "words": None})
     wanted = evaluator.config.eval.generate
@@ -232,6 +289,8 @@ def evaluate_preferences(
 def evaluate_run(job: Job, progress: Progress, run_dir: Path, *, setup_s: float, on_batch: OnBatch) -> dict[str, Any]:
     """The final evaluation, written to `eval/final.json` and `samples/`."""
     began = time.perf_counter()
+    if job.preferences is not None:
+        restore_reference_(job)
     evaluator = Evaluator(job.config, job.model, pad_id=job.pad_id, autocast=job.autocast, on_batch=on_batch)
     samples: dict[str, list[Sample]] = {}
     if job.preferences is None:
@@ -272,7 +331,14 @@ def evaluate_step(job: Job, progress: Progress, run_dir: Path, *, on_batch: OnBa
     """Accuracy on the dev rows during training, to `eval/step-*.json`."""
     if job.preferences is None or not job.preferences.dev:
         return
-    evaluator = Evaluator(job.config, job.model, pad_id=job.pad_id, autocast=job.autocast, on_batch=on_batch)
+    evaluator = Evaluator(
+        job.config,
+        job.model,
+        pad_id=job.pad_id,
+        autocast=job.autocast,
+        on_batch=on_batch,
+        with_reference=job.reference is not None,
+    )
     figures = evaluator.accuracy(job.preferences.dev[: job.config.eval.rows], [])
     if is_main():
         (run_dir / "eval").mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,11 +23,15 @@ class StepMetrics:
 
     Args:
         names: of the figures, the same on every rank.
+        counts: of figures that are not means over all rows, the figure that counts their rows.
     """
 
-    def __init__(self, run_dir: RunDir, names: list[str], *, log_every: int) -> None:
+    def __init__(
+        self, run_dir: RunDir, names: list[str], *, counts: Mapping[str, str] | None = None, log_every: int
+    ) -> None:
         self._run_dir = run_dir
         self._names = names
+        self._counts = counts or {}
         self._log_every = log_every
         self._steps: list[tuple[dict[str, Any], dict[str, Tensor], int]] = []
 
@@ -62,7 +67,7 @@ class StepMetrics:
         return shown
 
     def _reduce(self) -> list[dict[str, Any]]:
-        """Means over the global rows of each step; a rank without rows adds zeros."""
+        """Means over the global rows of each step, or over those counted; a rank without rows adds zeros."""
         names = self._names
         table = torch.zeros(len(self._steps), len(names) + 1, dtype=torch.float64)
         for i, (_, sums, num_rows) in enumerate(self._steps):
@@ -72,9 +77,15 @@ class StepMetrics:
         all_reduce_sum(table)
         lines = []
         for (known, _, _), values in zip(self._steps, table.tolist(), strict=True):
-            means = {name: _finite(value / values[-1]) for name, value in zip(names, values[:-1], strict=True)}
+            totals = dict(zip(names, values[:-1], strict=True))
+            counts = {name: totals[count] for name, count in self._counts.items()}
+            means = {name: _mean(total, counts.get(name, values[-1])) for name, total in totals.items()}
             lines.append({**known, "grad_norm": _finite(float(known["grad_norm"])), **means})
         return lines
+
+
+def _mean(value: float, count: float) -> float | None:
+    return _finite(value / count) if count else None
 
 
 def _finite(value: float) -> float | None:

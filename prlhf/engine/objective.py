@@ -5,14 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from prlhf.data.collate import PairBatch, ResponseBatch
-from prlhf.losses import PairwiseKind, PreferenceLoss, bradley_terry_loss, dpo_loss, pdpo_loss, prm_loss
+from prlhf.data.collate import LabelledBatch, PairBatch, ResponseBatch
+from prlhf.losses import (
+    PairwiseKind,
+    PreferenceLoss,
+    bradley_terry_loss,
+    dpo_loss,
+    kto_loss,
+    mix_terms,
+    orpo_loss,
+    prm_loss,
+    simpo_loss,
+)
 from prlhf.models.policy import PersonalizedPolicy, ResponseLogps
 from prlhf.models.reward import PersonalizedRewardModel
 
 Method = Literal["sft", "dpo", "pdpo", "rm", "prm"]
+LossKind = PairwiseKind | Literal["simpo", "orpo", "kto"]
 REWARD_FIGURES = (
     "rewards/accuracies",
     "rewards/margins",
@@ -24,10 +36,20 @@ LOGP_FIGURES = (
     "logps/rejected",
     "nll/chosen",
 )
+# Of unpaired rows: what is said of the liked ones is a mean over them alone, and so for the disliked ones.
+LIKED, DISLIKED = "labels/liked", "labels/disliked"
+LABELLED_COUNTS = {
+    "rewards/chosen": LIKED,
+    "rewards/rejected": DISLIKED,
+    "logps/chosen": LIKED,
+    "logps/rejected": DISLIKED,
+    "nll/chosen": LIKED,
+}
 
 
 class ReferenceLogps(NamedTuple):
-    """Reference log-probs of both responses of each row, (B,) float32."""
+    """Reference log-probs of both responses of each row, (B,) float32; of an unpaired row, its own and the mismatched.
+    """
 
     chosen: Tensor
     rejected: Tensor
@@ -50,15 +72,22 @@ class Objective:
     Args:
         method: "sft": NLL of the response in nats, summed over its tokens; "dpo"; "pdpo"; "rm"; "prm".
         alpha: weight of the individual term, 1 - alpha of the generic one (pdpo, prm).
+        kind: the loss of dpo and pdpo; "simpo" and "orpo" need no reference, "kto" takes unpaired rows.
+        beta: inverse temperature; for orpo the weight of the odds-ratio term.
         sft_weight: weight of the chosen response's NLL per token, in both terms.
+        gamma: the margin of simpo.
+        desirable_weight: of liked rows under kto; undesirable_weight of disliked ones.
     """
 
     method: Method
-    kind: PairwiseKind = "sigmoid"
+    kind: LossKind = "sigmoid"
     beta: float = 0.1
     alpha: float = 0.5
     label_smoothing: float = 0.0
     sft_weight: float = 0.0
+    gamma: float = 0.0
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
 
     @property
     def num_terms(self) -> int:
@@ -67,23 +96,51 @@ class Objective:
 
     def figure_names(self) -> list[str]:
         """Names of the sums that every micro-batch returns, the same on a rank that has no row."""
-        terms = {"sft": (), "dpo": ("",), "rm": ("",)}.get(self.method, ("", "individual/", "generic/"))
         names = REWARD_FIGURES if self.method in ("rm", "prm") else (*REWARD_FIGURES, *LOGP_FIGURES)
-        return ["loss", *(term + name for term in terms for name in names)]
+        names, counts = ((*names, "kl"), (LIKED, DISLIKED)) if self.is_unpaired else (names, ())
+        return ["loss", *counts, *(term + name for term in self._terms() for name in names)]
+
+    def figure_counts(self) -> dict[str, str]:
+        """Of the figures that are not means over all rows, the name of the figure that counts their rows."""
+        counts = LABELLED_COUNTS if self.is_unpaired else {}
+        return {term + name: count for term in self._terms() for name, count in counts.items()}
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Whether rows are single responses with a label."""
+        return self.kind == "kto"
+
+    @property
+    def is_personal(self) -> bool:
+        """Whether there are an individual and a generic term."""
+        return self.method in ("pdpo", "prm")
+
+    def _terms(self) -> tuple[str, ...]:
+        if self.method == "sft":
+            return ()
+        return ("", "individual/", "generic/") if self.is_personal else ("",)
 
     def __call__(
         self,
         model: PersonalizedPolicy | PersonalizedRewardModel,
-        batch: PairBatch | ResponseBatch,
+        batch: PairBatch | ResponseBatch | LabelledBatch,
         reference: ReferenceLogps | None,
+        kl: Tensor | None = None,
     ) -> RowLosses:
-        """Losses and figures of one micro-batch; `reference` is None for sft and for reward models."""
+        """Losses and figures of one micro-batch.
+
+        Args:
+            reference: None where nothing is compared with it: sft, reward models, simpo, orpo.
+            kl: for unpaired rows the KL of each term over the rows of the global step, see `engine.kl`.
+        """
         if isinstance(model, PersonalizedRewardModel):
             assert isinstance(batch, PairBatch)
             return self._prm(model, batch) if self.method == "prm" else self._rm(model, batch)
         if isinstance(batch, ResponseBatch):
             return self._sft(model, batch)
-        assert reference is not None
+        if isinstance(batch, LabelledBatch):
+            assert reference is not None and kl is not None
+            return self._kto(model, batch, reference, kl)
         return self._pdpo(model, batch, reference) if self.method == "pdpo" else self._dpo(model, batch, reference)
 
     def _rm(self, model: PersonalizedRewardModel, batch: PairBatch) -> RowLosses:
@@ -108,32 +165,15 @@ class Objective:
         logps, _ = policy.sequence_logps(batch, None)
         return RowLosses(-logps, {"loss": -logps.detach().sum()})
 
-    def _dpo(self, policy: PersonalizedPolicy, batch: PairBatch, reference: ReferenceLogps) -> RowLosses:
+    def _dpo(self, policy: PersonalizedPolicy, batch: PairBatch, reference: ReferenceLogps | None) -> RowLosses:
         logps = policy.logps(batch, None)
-        out = dpo_loss(
-            logps.chosen,
-            logps.rejected,
-            *reference,
-            beta=self.beta,
-            kind=self.kind,
-            label_smoothing=self.label_smoothing,
-        )
+        out = self._compare(logps, reference)
         losses = out.losses + self.sft_weight * _chosen_nll(logps)
         return RowLosses(losses, {"loss": losses.detach().sum(), **_figures(out, logps, "")})
 
-    def _pdpo(self, policy: PersonalizedPolicy, batch: PairBatch, reference: ReferenceLogps) -> RowLosses:
+    def _pdpo(self, policy: PersonalizedPolicy, batch: PairBatch, reference: ReferenceLogps | None) -> RowLosses:
         individual, generic = policy.both_logps(batch)
-        out = pdpo_loss(
-            individual.chosen,
-            individual.rejected,
-            generic.chosen,
-            generic.rejected,
-            *reference,
-            alpha=self.alpha,
-            beta=self.beta,
-            kind=self.kind,
-            label_smoothing=self.label_smoothing,
-        )
+        out = mix_terms(self._compare(individual, reference), self._compare(generic, reference), alpha=self.alpha)
         nll = self.alpha * _chosen_nll(individual) + (1 - self.alpha) * _chosen_nll(generic)
         losses = out.losses + self.sft_weight * nll
         return RowLosses(
@@ -145,6 +185,50 @@ class Objective:
                 **_figures(out.generic, generic, "generic/"),
             },
         )
+
+    def _compare(self, logps: ResponseLogps, reference: ReferenceLogps | None) -> PreferenceLoss:
+        """The loss of one term of each pair."""
+        if self.kind == "simpo":
+            return simpo_loss(*logps, beta=self.beta, gamma=self.gamma)
+        if self.kind == "orpo":
+            return orpo_loss(*logps, beta=self.beta)
+        assert reference is not None and self.kind != "kto"
+        return dpo_loss(
+            logps.chosen,
+            logps.rejected,
+            *reference,
+            beta=self.beta,
+            kind=self.kind,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def _kto(
+        self, policy: PersonalizedPolicy, batch: LabelledBatch, reference: ReferenceLogps, kl: Tensor
+    ) -> RowLosses:
+        own_reference, _ = reference
+        losses: list[Tensor] = []
+        sums = {LIKED: batch.liked.float().sum(), DISLIKED: (~batch.liked).float().sum()}
+        for i, user_ids in enumerate(self.term_users(batch)):
+            logps, tokens = policy.sequence_logps(batch.responses, user_ids)
+            out = kto_loss(
+                logps,
+                own_reference,
+                batch.liked,
+                kl[i],
+                beta=self.beta,
+                desirable_weight=self.desirable_weight,
+                undesirable_weight=self.undesirable_weight,
+            )
+            losses.append(out.losses)
+            figures = _labelled_figures(out.rewards, logps.detach(), tokens, batch.liked, kl[i], self.beta)
+            prefixes = ("",) if not self.is_personal else ("generic/",) if i else ("", "individual/")
+            sums.update({prefix + name: value for prefix in prefixes for name, value in figures.items()})
+        mixed = self.alpha * losses[0] + (1 - self.alpha) * losses[1] if self.is_personal else losses[0]
+        return RowLosses(mixed, {"loss": mixed.detach().sum(), **sums})
+
+    def term_users(self, batch: LabelledBatch) -> list[Tensor | None]:
+        """Under whom each term scores the rows: as their users and as the generic one, or with no soft prompt."""
+        return [batch.user_ids, torch.zeros_like(batch.user_ids)] if self.is_personal else [None]
 
 
 def _chosen_nll(logps: ResponseLogps) -> Tensor:
@@ -165,3 +249,28 @@ def _reward_figures(out: PreferenceLoss, prefix: str) -> dict[str, Tensor]:
 
 def _summed(names: tuple[str, ...], values: tuple[Tensor, ...], prefix: str) -> dict[str, Tensor]:
     return {prefix + name: value.sum() for name, value in zip(names, values, strict=True)}
+
+
+def _labelled_figures(
+    rewards: Tensor, logps: Tensor, tokens: Tensor, liked: Tensor, kl: Tensor, beta: float
+) -> dict[str, Tensor]:
+    """Sums over rows; a row's margin is how far its reward lies on its label's side of the KL."""
+    margins = torch.where(liked, 1.0, -1.0) * (rewards - beta * kl)
+    zeros = torch.zeros_like(logps)
+    return {
+        **_summed(
+            REWARD_FIGURES,
+            ((margins > 0).float(), margins, torch.where(liked, rewards, zeros), torch.where(liked, zeros, rewards)),
+            "",
+        ),
+        **_summed(
+            LOGP_FIGURES,
+            (
+                torch.where(liked, logps, zeros),
+                torch.where(liked, zeros, logps),
+                torch.where(liked, -logps / tokens, zeros),
+            ),
+            "",
+        ),
+        "kl": kl * len(rewards),
+    }

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from prlhf.data.collate import PairBatch, ResponseBatch
-from prlhf.data.tokenize import TokenizedPair
+from prlhf.data.collate import LabelledBatch, PairBatch, ResponseBatch
+from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair
 from prlhf.engine.objective import ReferenceLogps
 from prlhf.evaluation.scoring import score_pair_responses
 from prlhf.models.policy import Reference
@@ -30,7 +30,7 @@ class ReferenceTable:
         self.chosen = chosen
         self.rejected = rejected
 
-    def __call__(self, batch: PairBatch | ResponseBatch) -> ReferenceLogps:
+    def __call__(self, batch: PairBatch | ResponseBatch | LabelledBatch) -> ReferenceLogps:
         """Log-probs of the batch's rows, on the batch's device."""
         rows = batch.rows.cpu()
         device = batch.input_ids.device
@@ -43,21 +43,24 @@ class LiveReference:
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
 
-    def __call__(self, batch: PairBatch | ResponseBatch) -> ReferenceLogps:
+    def __call__(self, batch: PairBatch | ResponseBatch | LabelledBatch) -> ReferenceLogps:
         """Log-probs of the batch's rows."""
+        if isinstance(batch, LabelledBatch):
+            parts = (batch.responses, batch.mismatched)
+            return ReferenceLogps(*(self._reference.sequence_logps(part)[0] for part in parts))
         logps, _ = self._reference.sequence_logps(batch)
         chosen, rejected = logps.chunk(2)
         return ReferenceLogps(chosen, rejected)
 
 
-def no_reference(batch: PairBatch | ResponseBatch) -> None:
-    """For sft, which compares with nothing."""
+def no_reference(batch: PairBatch | ResponseBatch | LabelledBatch) -> None:
+    """For what compares with nothing: sft, reward models, losses without reference."""
     return None
 
 
 def compute_reference_table(
     reference: Reference,
-    rows: Sequence[TokenizedPair],
+    rows: Sequence[TokenizedPair | TokenizedLabelled],
     *,
     pad_id: int,
     microbatch_tokens: int,

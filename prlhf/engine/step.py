@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from prlhf.data.collate import PairBatch, ResponseBatch
+from prlhf.data.collate import LabelledBatch, PairBatch, ResponseBatch
 from prlhf.distributed import all_reduce_any
+from prlhf.engine.kl import estimate_kl
 from prlhf.engine.objective import Objective, ReferenceLogps
 from prlhf.engine.optim import all_reduce_gradients_, clip_gradients_
 from prlhf.models.policy import PersonalizedPolicy
 from prlhf.models.reward import PersonalizedRewardModel
 
-Batch = PairBatch | ResponseBatch
+Batch = PairBatch | ResponseBatch | LabelledBatch
 Model = PersonalizedPolicy | PersonalizedRewardModel
 
 
@@ -42,9 +44,19 @@ def accumulate_gradients_(
 ) -> StepResult:
     """Backward over this rank's micro-batches; gradients are those of the global mean once summed over ranks."""
     result = StepResult()
+    kl = None
+    if objective.is_unpaired:
+        kl = estimate_kl(
+            cast(PersonalizedPolicy, model),
+            objective,
+            cast(Sequence[LabelledBatch], batches),
+            reference_of=reference_of,
+            num_global_rows=num_global_rows,
+            autocast=autocast,
+        )
     for batch in batches:
         with autocast():
-            row_losses = objective(model, batch, reference_of(batch))
+            row_losses = objective(model, batch, reference_of(batch), kl)
         (row_losses.losses.sum() / num_global_rows).backward()
         for name, value in row_losses.sums.items():
             result.sums[name] = result.sums[name] + value if name in result.sums else value

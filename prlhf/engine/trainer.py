@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
 from prlhf.config import Config, changed_keys, dump_config, load_config
-from prlhf.data.collate import collate_pairs, collate_responses
+from prlhf.data.collate import collate_labelled, collate_pairs, collate_responses
 from prlhf.data.sampler import (
     cut_microbatches,
     cut_packs,
@@ -21,7 +21,7 @@ from prlhf.data.sampler import (
     rows_of_steps,
     shard,
 )
-from prlhf.data.tokenize import TokenizedPair
+from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair
 from prlhf.distributed import all_reduce_any, is_main, rank, world_size
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import (
@@ -99,7 +99,8 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
 def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[[Batch], Any], stop: StopFlag) -> None:
     """Optimizer steps until the last one; every rank runs the same ones."""
     config = job.config
-    metrics = StepMetrics(run_dir, job.objective.figure_names(), log_every=config.train.log_every)
+    names, counts = job.objective.figure_names(), job.objective.figure_counts()
+    metrics = StepMetrics(run_dir, names, counts=counts, log_every=config.train.log_every)
     bar = tqdm(total=job.max_steps, initial=progress.step, disable=None if is_main() else True, desc=config.name)
     while progress.step < job.max_steps:
         began = time.perf_counter()
@@ -154,7 +155,9 @@ def batches_of_step(job: Job, step: int) -> tuple[list[Batch], int]:
     indices = global_batch(step, num_rows=len(job.rows), batch_rows=config.train.batch_rows, seed=config.seed)
     mine = shard(indices, rank(), world_size())
     cuts = _cut(job, mine)
-    collate: Any = collate_responses if config.method == "sft" else collate_pairs
+    collate: Any = collate_labelled if job.objective.is_unpaired else collate_pairs
+    if config.method == "sft":
+        collate = collate_responses
     return [collate([job.rows[i] for i in cut], job.pad_id).to(job.model.device) for cut in cuts], len(indices)
 
 
@@ -198,7 +201,7 @@ def _make_reference(job: Job, stop: StopFlag) -> Callable[[Batch], Any]:
     needed = set(rows_of_steps(0, num_steps, num_rows=num_rows, batch_rows=batch_rows, seed=job.config.seed))
     return compute_reference_table(
         job.reference,
-        [row for i, row in enumerate(job.rows) if i in needed and isinstance(row, TokenizedPair)],
+        cast(Sequence[TokenizedPair | TokenizedLabelled], [row for i, row in enumerate(job.rows) if i in needed]),
         pad_id=job.pad_id,
         microbatch_tokens=job.config.train.microbatch_tokens,
         autocast=job.autocast,

@@ -25,9 +25,10 @@ class PairMargins:
 
     Args:
         rows: N records.
-        individual: (N,) margin as the row's user: of a policy's log-ratios to its reference, nats; of reward scores.
+        individual: (N,) margin as the row's user: of a policy's log-ratios to its reference, nats; of its mean
+            log-probs per token where it was trained without reference; of reward scores.
         generic: the same as the generic user; equal to `individual` for models without users.
-        reference: (N,) the reference's own log-prob margin; None for reward models.
+        reference: (N,) the reference's own log-prob margin; None for reward models and where it was not asked for.
     """
 
     rows: list[PreferenceRow]
@@ -49,33 +50,45 @@ def score_pairs(
     *,
     pad_id: int,
     microbatch_tokens: int,
+    reference_free: bool = False,
+    with_reference: bool = True,
     on_batch: Callable[[], None] = lambda: None,
 ) -> PairMargins:
     """Margins of every tokenized row, shared between ranks, each distinct sequence scored once.
 
     Args:
         rows: the records; `tokenized[i].row` indexes them (over-long or empty ones were dropped).
+        reference_free: a policy's margins are of mean log-probs per token; the log odds of ORPO have the same sign.
+        with_reference: also score the reference; needed unless `reference_free`.
         on_batch: called between batches; may raise to stop.
     """
     options: dict[str, Any] = {"pad_id": pad_id, "microbatch_tokens": microbatch_tokens, "on_batch": on_batch}
     reference = None
-    if isinstance(model, PersonalizedPolicy):
+    if isinstance(model, PersonalizedPolicy) and with_reference:
         with model.reference.active() as frozen:
             reference = _margins(frozen, tokenized, None, **options)
     own_ids = [row.user_id for row in tokenized]
+    options["per_token"] = reference_free
     generic_ids = None if model.user_encoder is None else [GENERIC_USER_ID] * len(tokenized)
     generic = _margins(model, tokenized, generic_ids, **options)
     unseen = generic_ids in (None, own_ids)
     individual = generic if unseen else _margins(model, tokenized, own_ids, **options)
-    offset = 0.0 if reference is None else reference
+    offset = 0.0 if reference is None or reference_free else reference
     return PairMargins([rows[row.row] for row in tokenized], individual - offset, generic - offset, reference)
 
 
 def _margins(
-    model: PersonalizedModel, rows: Sequence[TokenizedPair], user_ids: Sequence[int] | None, **options: Any
+    model: PersonalizedModel,
+    rows: Sequence[TokenizedPair],
+    user_ids: Sequence[int] | None,
+    *,
+    per_token: bool = False,
+    **options: Any,
 ) -> NDArray[np.float64]:
     """Value of the chosen response minus that of the rejected one, (N,), the same on every rank."""
     values = score_pair_responses(model, rows, user_ids, **options).double().numpy()
+    if per_token:
+        values = values / np.array([[len(ids) for ids in row.responses] for row in rows]).reshape(values.shape)
     return values[:, 0] - values[:, 1]
 
 

@@ -69,8 +69,8 @@ def _headline(final: Mapping[str, Any]) -> str:
         return "no evaluation rows"
     apart = (final.get("slices") or {}).get("length_gap_20", {})
     rows += _block_rows(apart, ", lengths 20% apart")
+    rows += _baseline_rows(final)
     for label, shares in (
-        ("length alone", final.get("length_only")),
         ("one preference for all", final.get("majority")),
         ("one preference for all, lengths 20% apart", apart.get("majority")),
     ):
@@ -102,6 +102,36 @@ def _block_rows(blocks: Mapping[str, Any], suffix: str) -> list[list[str]]:
         for name, label in names.items()
         if (block := blocks.get(name)) is not None
     ]
+
+
+def _baseline_rows(final: Mapping[str, Any]) -> list[list[str]]:
+    """What needs no training, and the accuracy with users drawn anew."""
+    baselines = final.get("baselines", {})
+    names = {"length_only": "length alone", "format_only": "format alone"}
+    rows = [
+        [f"{label}, {part} users", _share(value), "", "", "", ""]
+        for name, label in names.items()
+        for part, value in baselines.get(name, {}).items()
+        if value is not None
+    ]
+    names = {"prompted": "reference told the user's wish", "few_shot": "reference shown the user's pairs"}
+    rows += [
+        [
+            label,
+            _share(block["mean"]),
+            _interval(block),
+            _share(block["worst_user"]),
+            str(block["num_rows"]),
+            str(block["num_users"]),
+        ]
+        for name, label in names.items()
+        if (block := baselines.get(name))
+    ]
+    shuffled = final.get("leaks", {}).get("shuffled_users")
+    if shuffled:
+        label = f"users drawn anew (expected {_share(shuffled['expected']['mean'])})"
+        rows.append([label, _share(shuffled["mean"]), "", "", str(shuffled["num_rows"]), ""])
+    return rows
 
 
 def _user_table(final: Mapping[str, Any]) -> str:

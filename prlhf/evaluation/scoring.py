@@ -11,7 +11,7 @@ from torch import Tensor
 from prlhf.data.collate import ResponseTree, collate_trees
 from prlhf.data.records import GENERIC_USER_ID
 from prlhf.data.sampler import cut_microbatches, cut_packs, shard
-from prlhf.data.tokenize import TokenizedPair
+from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair
 from prlhf.distributed import all_reduce_sum, rank, world_size
 from prlhf.models.personalized import PersonalizedModel
 
@@ -100,9 +100,12 @@ def _cut(
 
 
 def score_pair_responses(
-    model: PersonalizedModel, rows: Sequence[TokenizedPair], user_ids: Sequence[int] | None, **options: Any
+    model: PersonalizedModel,
+    rows: Sequence[TokenizedPair | TokenizedLabelled],
+    user_ids: Sequence[int] | None,
+    **options: Any,
 ) -> Tensor:
-    """Values of the chosen and the rejected response of each row, the work shared between ranks.
+    """Values of both responses of each row (chosen, rejected; or own, mismatched), the work shared between ranks.
 
     What recurs is scored once: several users over one pair under one soft prompt, and the same pair with either label.
 
@@ -115,7 +118,7 @@ def score_pair_responses(
     places = torch.zeros(len(rows), 2, dtype=torch.int64)
     for i, row in enumerate(rows):
         user = GENERIC_USER_ID if user_ids is None else user_ids[i]
-        for j, response in enumerate((row.chosen_ids, row.rejected_ids)):
+        for j, response in enumerate(row.responses):
             places[i, j] = distinct.setdefault((TokenSequence(row.prompt_ids, response), user), len(distinct))
     mine = shard(list(distinct), rank(), world_size())
     users = None if user_ids is None else [user for _, user in mine]

@@ -3,9 +3,9 @@
 from prlhf.losses.dpo import dpo_loss
 from prlhf.losses.kto import UnpairedLoss, kto_loss
 from prlhf.losses.logps import response_logps, response_token_counts
-from prlhf.losses.orpo import orpo_term
+from prlhf.losses.orpo import orpo_loss, orpo_term
 from prlhf.losses.pairwise import PAIRWISE_LOSSES, SMOOTHED_KINDS, PairwiseKind, PreferenceLoss, compute_pairwise_losses
-from prlhf.losses.pdpo import PersonalizedLoss, pdpo_loss
+from prlhf.losses.pdpo import PersonalizedLoss, mix_terms, pdpo_loss
 from prlhf.losses.prm import bradley_terry_loss, prm_loss
 from prlhf.losses.simpo import simpo_loss
 from prlhf.losses.token_logps import linear_token_logps
@@ -22,6 +22,8 @@ __all__ = [
     "dpo_loss",
     "kto_loss",
     "linear_token_logps",
+    "mix_terms",
+    "orpo_loss",
     "orpo_term",
     "pdpo_loss",
     "prm_loss",

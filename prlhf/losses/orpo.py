@@ -1,4 +1,4 @@
-"""The odds-ratio term of ORPO, added to the SFT loss in place of a reference."""
+"""ORPO: the SFT loss and an odds-ratio term in place of a reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prlhf.losses.pairwise import PreferenceLoss
 from prlhf.losses.simpo import mean_logps
+
+
+def orpo_loss(
+    chosen_logps: Tensor, rejected_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *, beta: float
+) -> PreferenceLoss:
+    """ORPO loss of each preference pair, unreduced.
+
+    loss = -log pi(y1|x) / |y1| + beta orpo_term
+
+    Args:
+        chosen_logps: as for `orpo_term`, and so are the other three.
+        beta: weight of the odds-ratio term, lambda in the paper, > 0; 0.1 to 1 is usual.
+    Returns: PreferenceLoss; the rewards are beta times the log odds, detached.
+    Raises: ValueError: shapes differ or are not (B,), a length below 1, or beta <= 0.
+    Source: Hong et al. 2024, arXiv:2403.07691, eq. 6.
+    """
+    chosen, rejected = mean_logps(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
+    if not beta > 0:
+        raise ValueError(f"beta: got {beta}, expected > 0")
+    terms = orpo_term(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
+    rewards = (beta * _log_odds(logps.detach()) for logps in (chosen, rejected))
+    return PreferenceLoss(-chosen + beta * terms, *rewards)
 
 
 def orpo_term(

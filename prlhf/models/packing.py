@@ -131,7 +131,7 @@ def _groups(batch: PairBatch | ResponseBatch, *, shared: bool) -> list[list[int]
     """Sequences of each tree."""
     groups: dict[int, list[int]] = {}
     for sequence, row in enumerate(batch.sequence_rows):
-        groups.setdefault(batch.prompts[row] if shared else row, []).append(sequence)
+        groups.setdefault(batch.prompt_keys[row] if shared else row, []).append(sequence)
     return list(groups.values())
 
 
@@ -147,13 +147,13 @@ def _add_tree(
     known: dict[int, int] = {}
     lengths = []
     for sequence in group:
-        if batch.responses[sequence] not in known:
+        if batch.response_keys[sequence] not in known:
             start, length = batch.lengths[sequence]
             tokens = sequence * width + start + np.arange(length)
-            known[batch.responses[sequence]] = line.add_response(tokens)
+            known[batch.response_keys[sequence]] = line.add_response(tokens)
             lengths.append(length)
     line.responses.append(tuple(lengths))
-    return [known[batch.responses[sequence]] for sequence in group]
+    return [known[batch.response_keys[sequence]] for sequence in group]
 
 
 def _finish(line: _Line, batch: PairBatch | ResponseBatch, members: list[list[int]]) -> Pack:

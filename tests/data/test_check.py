@@ -62,7 +62,7 @@ def test_the_report_counts_overlap_of_prompts_pairs_and_responses() -> None:
     train = [row("p1", "u", "a", "b"), row("p2", "u", "c", "d")]
     held_out = [row("p1", "u", "b", "a"), row("P1 ", "u", "x", "y"), row("p3", "u", "c", "z"), row("p4", "u", "m", "n")]
     report = make_report(PreferenceData(train, [], held_out, [], "test"))
-    assert "eval_seen of 4: prompt 2 (50.0%), pair 1 (25.0%), a response 2 (50.0%)  LEAK" in report
+    assert "eval_seen of 4: prompt 2 (50.0%), pair 1 (25.0%), response 2 (50.0%)  LEAK" in report
     assert "LEAK" not in make_report(PreferenceData(train, [], held_out[1:], [], "test"))
 
 

@@ -11,6 +11,7 @@ import pytest
 from prlhf.data import prepared
 from prlhf.data.prepared import load_prepared, write_prepared
 from prlhf.data.records import Message, PreferenceData, PreferenceRow, make_pair_id, record_from_row
+from prlhf.data.world.psoups import build_psoups
 from prlhf.errors import DataError
 
 HOSTILE_IDS = ["Ā/../", "a\x00b", "\u202eRTL", "😀\u2028", "x" * 10_000, "../../etc/passwd", "a\nb", '"]}']
@@ -55,6 +56,14 @@ def test_declared_users_come_back_in_their_order(tmp_path: Path) -> None:
     original = replace(data(eval_unseen=[row("e", "z")]), declared_users=("b", "u", "a"))
     write_prepared(tmp_path / "out", original)
     assert load_prepared(tmp_path / "out").user_ids() == ["b", "u", "a"]
+
+
+def test_wishes_come_back(tmp_path: Path) -> None:
+    built = build_psoups(seed=1)
+    write_prepared(tmp_path / "out", built)
+    data = load_prepared(tmp_path / "out")
+    assert data.preferences == built.preferences and data.preferences["P2A"] == "Keep it short."
+    assert data.user_ids() == built.user_ids()
 
 
 def test_a_directory_that_holds_something_is_refused_and_force_replaces_prepared_data_only(tmp_path: Path) -> None:
@@ -197,6 +206,7 @@ def test_a_text_that_all_rows_of_a_user_share_is_written_once_and_read_back_into
         ({"u": {"split": "seen"}, "n": {"split": "seen"}}, "eval_unseen.jsonl:1: user 'n' is a seen user"),
         ({"u": {"split": "old"}}, "users.json: user 'u'"),
         ({"u": "text"}, "users.json: user 'u'"),
+        ({"u": {"split": "seen", "preference": 3}}, "users.json: user 'u': preference is 3, expected a string"),
         ({"u": {"split": "seen", "user_text": 5}, "n": {"split": "unseen"}}, "user_text is 5"),
         ({"u": {"split": "seen", "user_text": "other"}, "n": {"split": "unseen"}}, "user_text differs"),
     ],

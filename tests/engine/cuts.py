@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from prlhf.config import Config
+from prlhf.data.collate import collate_labelled, collate_pairs
+from prlhf.data.tokenize import TokenizedLabelled
 from prlhf.engine.build import Job
 from prlhf.engine.optim import all_reduce_gradients_
 from prlhf.engine.reference import LiveReference, no_reference
@@ -25,6 +27,9 @@ _METHODS: dict[str, dict[str, Any]] = {
     "pdpo_cluster": {"method": "pdpo", "user__kind": "cluster"},
     "pdpo_low_rank": {"method": "pdpo", "user__kind": "low_rank", "user__rank": 2},
     "dpo": {"method": "dpo"},
+    "simpo": {"method": "pdpo", "loss__kind": "simpo", "loss__beta": 2.0, "loss__gamma": 0.5},
+    "orpo": {"method": "pdpo", "loss__kind": "orpo", "loss__beta": 0.5},
+    "kto": {"method": "pdpo", "loss__kind": "kto", "loss__desirable_weight": 1.5},
     "sft": {"method": "sft"},
     "rm": {"method": "rm"},
     "prm_individual": {"method": "prm", "user__kind": "individual"},
@@ -62,11 +67,16 @@ def gradients_of_step(config: Config, step: int) -> dict[str, Tensor]:
 
 def gradients_of_users_apart(config: Config, rank: int, world_size: int) -> dict[str, Tensor]:
     """Of four rows of ann and four of bob, cut by user: at world size 2 each rank knows one of them only."""
-    from prlhf.data.collate import collate_pairs
-
     job = perturbed_job(config)
     by_user = [[row for row in job.rows if row.user_id == user][:4] for user in (1, 2)]
     return gradients_of(job, [collate_pairs(rows, job.pad_id) for rows in by_user[rank::world_size]], 8)
+
+
+def gradients_of_one_row(config: Config, rank: int) -> dict[str, Tensor]:
+    """Of a global batch with a single unpaired row, which rank 0 has."""
+    job = perturbed_job(config)
+    rows = [row for row in job.rows if isinstance(row, TokenizedLabelled)][:1]
+    return gradients_of(job, [] if rank else [collate_labelled(rows, job.pad_id)], 1)
 
 
 def step_of(job: Job, step: int, optimizer: torch.optim.Optimizer, *, max_grad_norm: float) -> StepResult:

@@ -27,7 +27,8 @@ DOCUMENTED = {
     "seconds", "seconds_setup", "seconds_eval", "per_unseen_user",
 }
 FURTHER = {
-    "user_model", "data", "length_only", "majority", "ceiling", "text", "words", "skipped_steps", "tax",
+    "user_model", "margin", "data", "baselines", "leaks", "majority", "ceiling", "text", "words", "skipped_steps",
+    "tax",
 }
 
 
@@ -58,6 +59,9 @@ def test_the_keys_are_the_documented_ones(tiny: Tiny, tmp_path: Path) -> None:
     assert {user: set(figures) for user, figures in final["per_user"].items()} == {
         user: {"accuracy", "generic_accuracy", "num_rows"} for user in ("ann", "bob")
     }
+    assert final["baselines"]["prompted"] is None, "the data have no wishes"
+    assert set(final["baselines"]["few_shot"]) == BLOCK | {"per_user", "pairs"}
+    assert final["leaks"]["shuffled_users"]["expected"]["mean"] == pytest.approx(0.5)
     assert set(final["slices"]["length_gap_20"]) == {*final["accuracy"], "per_user", "per_unseen_user", "majority"}
     assert (final["experiment"], final["method"], final["step"], final["seed"]) == ("tiny", "pdpo", 1, 1)
 
@@ -75,6 +79,14 @@ def test_a_run_of_the_built_in_world_is_judged(world_run: Path) -> None:
     }
     assert final["accuracy"]["seen"]["num_rows"] == 2 * len(users)
     assert final["accuracy"]["unseen"] is None
+    baselines, shuffled = final["baselines"], final["leaks"]["shuffled_users"]
+    assert list(baselines["prompted"]["per_user"]) == users
+    assert set(baselines["few_shot"]["per_user"]) <= set(users), "most pairs do not fit: this tokenizer knows few words"
+    assert baselines["few_shot"]["pairs"] >= 1
+    assert shuffled["expected"] == {"mean": pytest.approx(1 / 2, abs=0.02), "known": pytest.approx(5 / 9)}, (
+        "of 36 pairs of users 12 are of one axis, 8 of register and length: expert sentences are the longer ones"
+    )
+    assert final["leaks"]["overlap"]["eval_seen"] == {"rows": 12, "prompt": 0, "pair": 0, "response": 0}
     assert final["text"]["policy"]["num_samples"] == 2 * len(users)
     assert (final["tax"]["source"], final["tax"]["num_texts"]) == ("builtin:text", 8)
     assert final["tax"]["num_users"] == len(users)

@@ -81,3 +81,13 @@ def test_metrics_are_the_same_at_world_size_1_and_2(tiny: Tiny, two_ranks: Path,
         for line in (expected, actual):
             del line["seconds"]
         assert actual == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_a_figure_with_a_count_of_its_own_is_a_mean_over_those_rows(run_dir: RunDir) -> None:
+    """6 over 2 of 4 rows; none of 1 row has no mean."""
+    metrics = StepMetrics(run_dir, ["up", "ups"], counts={"up": "ups"}, log_every=10)
+    for num_ups, num_rows in ((2.0, 4), (0.0, 1)):
+        sums = {"up": torch.tensor(3.0 * num_ups), "ups": torch.tensor(num_ups)}
+        metrics.add(Progress(), StepResult(sums=sums, num_rows=num_rows, grad_norm=torch.tensor(1.0)), lr=0.1)
+    metrics.flush(2, 9, to_terminal=True)
+    assert [(line["up"], line["ups"]) for line in read_metrics(run_dir.path)] == [(3.0, 0.5), (None, 0.0)]

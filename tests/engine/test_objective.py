@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from prlhf.data.collate import collate_pairs, collate_responses
-from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
+from prlhf.data.collate import collate_labelled, collate_pairs, collate_responses
+from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair, TokenizedResponse
 from prlhf.engine.objective import LOGP_FIGURES, REWARD_FIGURES, Objective, ReferenceLogps
 from prlhf.models.policy import ResponseLogps
 
 PAIRS = collate_pairs([TokenizedPair(row, row + 1, (1,), (2, 3), (4,)) for row in range(2)], pad_id=0)
+LABELLED = collate_labelled(
+    [TokenizedLabelled(row, row + 1, (1,), (2, 3), (4,), label) for row, label in enumerate((True, False))], pad_id=0
+)
 RESPONSES = collate_responses([TokenizedResponse(row, 0, (1,), (2, 3)) for row in range(2)], pad_id=0)
 REFERENCE = ReferenceLogps(torch.tensor([-5.0, -5.0]), torch.tensor([-6.0, -6.0]))
 
@@ -115,3 +118,57 @@ def test_figure_names_are_known_before_the_first_batch(method: Any, batch: Any) 
     objective = Objective(method)
     _, sums, _ = losses_of(objective, batch)
     assert set(objective.figure_names()) == set(sums)
+
+
+def test_simpo_is_on_mean_log_probs_and_asks_for_no_reference() -> None:
+    """Means -1.5 and -6, -3.5 and -7 (individual), -2.5 and -6, -2 and -8 (generic); beta 0.5, gamma 1."""
+    policy = HandMadePolicy()
+    objective = Objective("pdpo", kind="simpo", beta=0.5, gamma=1.0, alpha=0.75)
+    out = objective(policy, PAIRS, None)  # type: ignore[arg-type]
+    individual, generic = [0.5 * 4.5 - 1, 0.5 * 3.5 - 1], [0.5 * 3.5 - 1, 0.5 * 6.0 - 1]
+    expected = [0.75 * softplus(-i) + 0.25 * softplus(-g) for i, g in zip(individual, generic, strict=True)]
+    assert out.losses.tolist() == pytest.approx(expected)
+    assert float(out.sums["rewards/margins"]) == pytest.approx(0.5 * (4.5 + 3.5))
+
+
+def test_orpo_is_the_nll_per_token_and_the_odds_ratio() -> None:
+    def log_odds(logp: float) -> float:
+        return logp - math.log(1 - math.exp(logp))
+
+    policy = HandMadePolicy()
+    out = Objective("dpo", kind="orpo", beta=0.5)(policy, PAIRS, None)  # type: ignore[arg-type]
+    ratios = [log_odds(-1.5) - log_odds(-6.0), log_odds(-3.5) - log_odds(-7.0)]
+    expected = [1.5 + 0.5 * softplus(-ratios[0]), 3.5 + 0.5 * softplus(-ratios[1])]
+    assert out.losses.tolist() == pytest.approx(expected, rel=1e-5)
+    assert float(out.sums["rewards/margins"]) == pytest.approx(0.5 * sum(ratios), rel=1e-5)
+
+
+class HandMadeUnpairedPolicy:
+    """Log-probs of a liked and a disliked response, as the rows' users and as the generic one."""
+
+    def sequence_logps(self, batch: Any, user_ids: Tensor) -> tuple[Tensor, Tensor]:
+        assert batch.num_rows == 2
+        logps = torch.tensor([-3.0, -7.0] if user_ids.any() else [-5.0, -4.0])
+        return logps, torch.tensor([2, 2])
+
+
+def test_kto_weighs_liked_and_disliked_rows_of_both_terms_against_the_kl_of_each() -> None:
+    """Log-ratios to -5 and -6: 2 and -1 (individual), 0 and 2 (generic); KL 0.5 and 1; beta 1."""
+    policy, reference = HandMadeUnpairedPolicy(), ReferenceLogps(torch.tensor([-5.0, -6.0]), torch.zeros(2))
+    objective = Objective("pdpo", kind="kto", beta=1.0, alpha=0.75, desirable_weight=2.0, undesirable_weight=3.0)
+    out = objective(policy, LABELLED, reference, torch.tensor([0.5, 1.0]))  # type: ignore[arg-type]
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    liked = 2.0 * (0.75 * sigmoid(0.5 - 2) + 0.25 * sigmoid(1 - 0))
+    disliked = 3.0 * (0.75 * sigmoid(-1 - 0.5) + 0.25 * sigmoid(2 - 1))
+    assert out.losses.tolist() == pytest.approx([liked, disliked])
+    figures = {name: float(value) for name, value in out.sums.items()}
+    assert set(figures) == set(objective.figure_names())
+    assert (figures["labels/liked"], figures["labels/disliked"]) == (1.0, 1.0)
+    assert (figures["rewards/chosen"], figures["rewards/rejected"]) == (2.0, -1.0)
+    assert figures["rewards/accuracies"] == 2.0 and figures["generic/rewards/accuracies"] == 0.0
+    assert figures["rewards/margins"] == pytest.approx((2 - 0.5) + (0.5 + 1))
+    assert (figures["individual/kl"], figures["generic/kl"]) == (1.0, 2.0), "sums over two rows"
+    assert objective.figure_counts()["generic/rewards/rejected"] == "labels/disliked"

@@ -22,6 +22,7 @@ from tests.engine.cuts import (
     assert_same,
     cut_config,
     gradients_of,
+    gradients_of_one_row,
     gradients_of_step,
     gradients_of_users_apart,
     parameters_after_sgd,
@@ -66,6 +67,46 @@ def test_users_on_one_rank_only_equal_one_process(tiny: Tiny, two_ranks: Path) -
     assert expected["user_encoder.offsets"].flatten(1).norm(dim=1).min() > 0
     for actual in read(two_ranks, "users_apart"):
         assert_same(actual, expected)
+
+
+def test_a_rank_without_rows_shares_the_estimate_of_the_kl(tiny: Tiny, two_ranks: Path) -> None:
+    expected = gradients_of_one_row(cut_config(tiny, "kto"), 0)
+    for actual in read(two_ranks, "one_row"):
+        assert_same(actual, expected)
+
+
+def kto_row_by_row(job: Job, rows: list[Any]) -> Tensor:
+    """Mean of alpha l(u) + (1 - alpha) l(0), l = 1 - sigmoid(+-beta (r - z)), one unpadded sequence at a time."""
+
+    def logratio(row: Any, response: tuple[int, ...], user: int) -> Tensor:
+        batch = collate_responses([TokenizedResponse(0, user, row.prompt_ids, response)], job.pad_id)
+        reference = job.model.reference.sequence_logps(batch)[0]
+        return job.model.sequence_logps(batch, torch.tensor([user]))[0] - reference
+
+    def term(users: list[int]) -> Tensor:
+        paired = list(zip(rows, users, strict=True))
+        with torch.no_grad():
+            kl = torch.cat([logratio(row, row.mismatched_ids, user) for row, user in paired]).mean().clamp(min=0)
+        ratios = torch.cat([logratio(row, row.response_ids, user) for row, user in paired])
+        liked = torch.tensor([row.label for row in rows])
+        up, down = (1 - torch.sigmoid(0.1 * sign * (ratios - kl)) for sign in (1, -1))
+        return torch.where(liked, 1.5 * up, down)
+
+    return (0.3 * term([row.user_id for row in rows]) + 0.7 * term([0] * len(rows))).mean()
+
+
+def test_gradient_of_kto_is_that_of_the_mean_row_loss(tiny: Tiny) -> None:
+    """The KL is that of the whole step, though the step is cut into several micro-batches."""
+    config = cut_config(tiny, "kto", train__microbatch_tokens=SMALL_MICROBATCH, loss__alpha=0.3)
+    job = perturbed_job(config)
+    batches, num_rows = batches_of_step(job, FULL_STEP)
+    assert len(batches) >= 2 and num_rows == 8
+    rows = [job.rows[i] for batch in batches for i in batch.rows.tolist()]
+    assert {row.label for row in rows} == {True, False}
+    kto_row_by_row(job, rows).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in job.model.trainable().items()}
+    job.model.zero_grad()
+    assert_same(gradients_of(job, batches, num_rows), expected)
 
 
 def row_by_row_loss(job: Job, rows: list[Any]) -> Tensor:

@@ -22,6 +22,7 @@ from tests.engine.cuts import (
     RAGGED_STEP,
     VARIANTS,
     cut_config,
+    gradients_of_one_row,
     gradients_of_step,
     gradients_of_users_apart,
     parameters_after_sgd,
@@ -49,6 +50,7 @@ def run_everything(tiny: Tiny, folder: Path) -> None:
         save(folder, f"{variant}-sgd", parameters_after_sgd(config))
     users_apart = cut_config(tiny, "pdpo_individual")
     save(folder, "users_apart", gradients_of_users_apart(users_apart, rank(), 2))
+    save(folder, "one_row", gradients_of_one_row(cut_config(tiny, "kto"), rank()))
     save(folder, "nan_loss", skipped_step(tiny, nan_loss_))
     save(folder, "inf_gradient", skipped_step(tiny, inf_gradient_))
     save(folder, "refused", refused_batch_rows(tiny))
@@ -102,8 +104,9 @@ def nan_loss_(job: Job) -> None:
 
     class Broken:
         num_terms = sound.num_terms
+        is_unpaired = False
 
-        def __call__(self, policy: Any, batch: Any, reference: ReferenceLogps) -> RowLosses:
+        def __call__(self, policy: Any, batch: Any, reference: ReferenceLogps, kl: None) -> RowLosses:
             return sound(policy, batch, ReferenceLogps(reference.chosen * float("nan"), reference.rejected))
 
     job.objective = Broken()  # type: ignore[assignment]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from prlhf.data.collate import collate_responses
 from prlhf.data.records import GENERIC_USER_ID, PreferenceRow
-from prlhf.data.tokenize import TokenizedPair
+from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
 from prlhf.evaluation import scoring
 from prlhf.evaluation.accuracy import (
     PairMargins,
@@ -206,3 +207,18 @@ def test_two_ranks_share_the_work_and_agree_with_one(tmp_path):
     first, second = (np.load(tmp_path / f"{rank}.npy") for rank in (0, 1))
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, np.stack([alone.individual, alone.generic, alone.reference]), atol=1e-4)
+
+
+def test_margins_without_reference_are_of_mean_log_probs():
+    policy = tiny_policy()
+    tokenized = make_rows(policy)
+    rows = [_row(str(i)) for i in range(len(tokenized))]
+    margins = score_pairs(policy, rows, tokenized, reference_free=True, with_reference=False, **OPTIONS)
+    assert margins.reference is None
+    for i, row in enumerate(tokenized):
+        user_ids = torch.tensor([row.user_id])
+        expected = []
+        for ids in row.responses:
+            batch = collate_responses([TokenizedResponse(0, row.user_id, row.prompt_ids, ids)], 2)
+            expected.append(policy.sequence_logps(batch, user_ids)[0].item() / len(ids))
+        assert margins.individual[i] == pytest.approx(expected[0] - expected[1], abs=1e-5)

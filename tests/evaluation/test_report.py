@@ -209,3 +209,21 @@ def test_a_run_without_evaluation_is_named(tmp_path: Path) -> None:
     (tmp_path / "eval" / "final.json").write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
         load_final(tmp_path)
+
+
+def test_baselines_and_shuffled_users_stand_below_the_accuracies() -> None:
+    final = final_of(
+        baselines={
+            "length_only": {"seen": 0.7, "unseen": None}, "format_only": {"seen": 0.8, "unseen": 0.6},
+            "prompted": block(0.55), "few_shot": None,
+        },
+        leaks={"overlap": {}, "shuffled_users": {"mean": 0.5123, "num_rows": 9, "expected": {"mean": 0.58}}},
+    )
+    lines = {line.split("|")[1].strip(): line for line in format_figures(final).splitlines() if line.startswith("|")}
+    assert "0.700" in lines["length alone, seen users"] and "length alone, unseen users" not in lines
+    assert "0.600" in lines["format alone, unseen users"]
+    assert "0.550" in lines["reference told the user's wish"] and "0.450 to 0.650" in lines[
+        "reference told the user's wish"
+    ]
+    assert "reference shown the user's pairs" not in lines
+    assert "0.512" in lines["users drawn anew (expected 0.580)"]

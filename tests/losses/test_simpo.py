@@ -1,4 +1,4 @@
-"""simpo_loss and orpo_term: golden numbers from the equations, lengths, gradients, refusals."""
+"""simpo_loss, orpo_loss and orpo_term: golden numbers from the equations, lengths, gradients, refusals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from prlhf.losses import orpo_term, simpo_loss
+from prlhf.losses import orpo_loss, orpo_term, simpo_loss
 
 # Mean log-probs -1 and -2 in row 0, -0.5 and -0.25 in row 1.
 CHOSEN = torch.tensor([-4.0, -1.0], dtype=torch.float64)
@@ -28,6 +28,15 @@ def test_orpo_of_two_rows():
     """Log-odds of p = exp(-1), exp(-2): -0.54132485, -1.85458654; of exp(-0.5), exp(-0.25): 0.43275213, 1.25869155."""
     expected = [math.log1p(math.exp(-d)) for d in (-0.54132485 + 1.85458654, 0.43275213 - 1.25869155)]
     assert orpo_term(*ROWS).tolist() == pytest.approx(expected, abs=1e-7)
+
+
+def test_orpo_loss_adds_the_nll_per_token():
+    """NLL 1 and 0.5 a token; log(1 + exp(-1.31326169)) = 0.23818303, log(1 + exp(0.82593944)) = 1.18906993."""
+    out = orpo_loss(*ROWS, beta=0.5)
+    assert out.losses.tolist() == pytest.approx([1 + 0.5 * 0.23818303, 0.5 + 0.5 * 1.18906993], abs=1e-7)
+    assert out.chosen_rewards.tolist() == pytest.approx([0.5 * -0.54132485, 0.5 * 0.43275213], abs=1e-7)
+    with pytest.raises(ValueError, match="beta: got 0.0"):
+        orpo_loss(*ROWS, beta=0.0)
 
 
 def test_orpo_is_finite_for_a_sure_token():

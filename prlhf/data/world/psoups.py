@@ -32,19 +32,24 @@ OPENERS, CLOSERS = 12, 8  # of each tone in one world; the other phrases are in 
 
 @dataclass(frozen=True)
 class Taste:
-    """What a user prefers: one side of one axis (the value of that axis' field of Style)."""
+    """What a user prefers: one side of one axis (the value of that axis' field of Style).
+
+    Args:
+        wish: the taste in words, one of the sentences that ask for that side in the pretraining text.
+    """
 
     axis: str
     side: bool
+    wish: str
 
 
 TASTES = {
-    "P1A": Taste("register", False),
-    "P1B": Taste("register", True),
-    "P2A": Taste("length", False),
-    "P2B": Taste("length", True),
-    "P3A": Taste("tone", True),
-    "P3B": Taste("tone", False),
+    "P1A": Taste("register", False, "Use short words."),
+    "P1B": Taste("register", True, "Use the technical terms."),
+    "P2A": Taste("length", False, "Keep it short."),
+    "P2B": Taste("length", True, "Give some background too."),
+    "P3A": Taste("tone", True, "Be warm and friendly."),
+    "P3B": Taste("tone", False, "Act unfriendly."),
 }
 
 
@@ -75,6 +80,7 @@ def build_psoups(seed: int) -> PreferenceData:
         eval_seen=_make_rows("eval", heldout[:num_eval], tones, rng),
         eval_unseen=[],
         source="builtin:psoups",
+        preferences={user_id: taste.wish for user_id, taste in TASTES.items()},
     )
 
 

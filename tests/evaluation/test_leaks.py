@@ -1,0 +1,106 @@
+"""The shuffled-user control, and what it is expected to be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prlhf.data.check import count_overlap
+from prlhf.data.records import PreferenceRow
+from prlhf.data.tokenize import TokenizedPair
+from prlhf.evaluation import leaks
+from prlhf.evaluation.accuracy import PairMargins
+from prlhf.evaluation.leaks import expected_when_shuffled, shuffled_users
+
+SHORT, LONG = "short", "a longer one"
+
+
+def opposed(num_rows: int, minority: float, *, shared: bool) -> list[PreferenceRow]:
+    """Ann likes long responses, and Bob, who has a share of the rows, short ones; all rows are one pair, or none."""
+    rows = []
+    for number in range(num_rows):
+        user = "bob" if number < minority * num_rows else "ann"
+        suffix = "" if shared else f" {number}"
+        chosen, rejected = (SHORT, LONG) if user == "bob" else (LONG, SHORT)
+        rows.append(PreferenceRow(str(number), user, f"p{suffix}", chosen + suffix, rejected + suffix))
+    return rows
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["pairs judged by both", "tastes of length"])
+@pytest.mark.parametrize("share", [0.5, 0.3])
+def test_two_opposed_tastes_are_expected_at_p2_plus_1_minus_p_2(share: float, shared: bool) -> None:
+    rows = opposed(100, share, shared=shared)
+    expected = expected_when_shuffled(rows, rows)
+    assert expected == {"mean": pytest.approx(share**2 + (1 - share) ** 2), "known": pytest.approx(1.0)}
+
+
+def test_users_of_whom_nothing_is_known_agree_half_of_the_time() -> None:
+    """Three users with a third of the rows each: 1/3 is themselves, two share opposed pairs, the third shares none."""
+    rows = [
+        PreferenceRow("1", "ann", "p", "aa", "bb"),
+        PreferenceRow("1", "bob", "p", "bb", "aa"),
+        PreferenceRow("2", "cat", "q", "cc", "dd"),
+    ]
+    expected = expected_when_shuffled([], rows)
+    assert expected == {"mean": pytest.approx(1 / 3 + 4 / 9 * 0.5), "known": pytest.approx(1 / 3 + 2 / 9)}
+    assert expected_when_shuffled(rows, []) is None
+
+
+def test_a_perfect_model_scores_what_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 draws of the two tastes: 0.3^2 + 0.7^2 = 0.58, to three standard errors of 0.011."""
+    rows = opposed(100, 0.3, shared=False)
+    users = {"ann": 1, "bob": 2}
+    tokenized = [TokenizedPair(i, users[row.user_id], (1,), (2,), (3,)) for i, row in enumerate(rows)]
+
+    def score(_: Any, rows: list[PreferenceRow], shuffled: list[TokenizedPair], **__: Any) -> PairMargins:
+        right = [1.0 if users[rows[ids.row].user_id] == ids.user_id else -1.0 for ids in shuffled]
+        return PairMargins([], np.array(right), np.array(right), None)
+
+    monkeypatch.setattr(leaks, "score_pairs", score)
+    figures = shuffled_users(None, rows, tokenized, seed=3)  # type: ignore[arg-type]
+    assert figures is not None and (figures["num_rows"], figures["num_draws"]) == (100, 20)
+    assert figures["mean"] == pytest.approx(0.58, abs=0.033)
+    assert shuffled_users(None, [], [], seed=3) is None  # type: ignore[arg-type]
+
+
+def test_with_many_users_a_part_of_the_rows_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [replace(row, user_id=str(i)) for i, row in enumerate(opposed(200, 0.5, shared=False))]
+    tokenized = [TokenizedPair(i, i + 1, (1,), (2,), (3,)) for i in range(200)]
+    seen: list[TokenizedPair] = []
+
+    def score(_: Any, __: Any, shuffled: list[TokenizedPair], **___: Any) -> PairMargins:
+        seen.extend(shuffled)
+        return PairMargins([], np.ones(len(shuffled)), np.ones(len(shuffled)), None)
+
+    monkeypatch.setattr(leaks, "score_pairs", score)
+    figures = shuffled_users(None, rows, tokenized, seed=3)  # type: ignore[arg-type]
+    assert figures == {"mean": 1.0, "num_rows": 60, "num_draws": 20}
+    assert len(seen) == leaks.MAX_SCORED_ROWS
+
+
+def test_all_who_judged_a_pair_are_scored_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that prefers one response whoever asks scores exactly one half on pairs of two opposed users."""
+    pairs = [opposed(2, 0.5, shared=True) for _ in range(400)]
+    rows = [replace(row, pair_id=str(i)) for i, pair in enumerate(pairs) for row in pair]
+    tokenized = [TokenizedPair(i, i % 2 + 1, (1,), (2,), (3,)) for i in range(len(rows))]
+
+    def score(_: Any, rows: list[PreferenceRow], shuffled: list[TokenizedPair], **__: Any) -> PairMargins:
+        margins = np.array([1.0 if rows[ids.row].chosen == SHORT else -1.0 for ids in shuffled])
+        return PairMargins([], margins, margins, None)
+
+    monkeypatch.setattr(leaks, "score_pairs", score)
+    figures = shuffled_users(None, rows, tokenized, seed=3)  # type: ignore[arg-type]
+    assert figures == {"mean": 0.5, "num_rows": 600, "num_draws": 20}
+
+
+def test_overlap_counts_prompts_pairs_and_responses() -> None:
+    train = [PreferenceRow("1", "ann", "Prompt", "a", "b"), PreferenceRow("2", "ann", "q", "c", "d")]
+    rows = [
+        replace(train[0], user_id="bob", chosen="b", rejected="a"),
+        PreferenceRow("3", "ann", "prompt ", "c", "new"),
+        PreferenceRow("4", "ann", "r", "e", "f"),
+    ]
+    assert count_overlap(train, rows) == {"prompt": 2, "pair": 1, "response": 2}
