@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from prlhf.data.context import Context, ContextBatch, collate_contexts
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
 
 IGNORE_INDEX = -100
@@ -25,6 +26,7 @@ class _PaddedRows:
         user_ids: (B,) int64, 0 is generic.
         rows: (B,) int64, position of each row in its data set.
         num_unscored: leading positions without a label in any row; a number, so that skipping them needs no device.
+        context: what an encoder reads about the users of the B rows; None for other user models.
     """
 
     input_ids: Tensor
@@ -32,6 +34,7 @@ class _PaddedRows:
     user_ids: Tensor
     rows: Tensor
     num_unscored: int
+    context: ContextBatch | None = field(default=None, kw_only=True)
 
     @property
     def num_rows(self) -> int:
@@ -46,6 +49,7 @@ class _PaddedRows:
             labels=self.labels.to(device),
             user_ids=self.user_ids.to(device),
             rows=self.rows.to(device),
+            context=None if self.context is None else self.context.to(device),
         )
 
 
@@ -59,8 +63,10 @@ class PairBatch(_PaddedRows):
     """B preference rows as 2B sequences: 0..B-1 prompt + chosen, B..2B-1 prompt + rejected."""
 
 
-def collate_pairs(rows: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
-    """Batch of at least one preference row."""
+def collate_pairs(
+    rows: Sequence[TokenizedPair], pad_id: int, contexts: Sequence[Context] | None = None
+) -> PairBatch:
+    """Batch of at least one preference row, with a context for each or none at all."""
     chosen = [(row.prompt_ids, row.chosen_ids) for row in rows]
     rejected = [(row.prompt_ids, row.rejected_ids) for row in rows]
     input_ids, labels = _pad(chosen + rejected, pad_id)
@@ -70,11 +76,14 @@ def collate_pairs(rows: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
         user_ids=_int64([row.user_id for row in rows]),
         rows=_int64([row.row for row in rows]),
         num_unscored=min(len(row.prompt_ids) for row in rows),
+        context=None if contexts is None else collate_contexts(contexts, pad_id),
     )
 
 
-def collate_responses(rows: Sequence[TokenizedResponse], pad_id: int) -> ResponseBatch:
-    """Batch of at least one response row."""
+def collate_responses(
+    rows: Sequence[TokenizedResponse], pad_id: int, contexts: Sequence[Context] | None = None
+) -> ResponseBatch:
+    """Batch of at least one response row, with a context for each or none at all."""
     input_ids, labels = _pad([(row.prompt_ids, row.response_ids) for row in rows], pad_id)
     return ResponseBatch(
         input_ids=input_ids,
@@ -82,6 +91,7 @@ def collate_responses(rows: Sequence[TokenizedResponse], pad_id: int) -> Respons
         user_ids=_int64([row.user_id for row in rows]),
         rows=_int64([row.row for row in rows]),
         num_unscored=min(len(row.prompt_ids) for row in rows),
+        context=None if contexts is None else collate_contexts(contexts, pad_id),
     )
 
 

@@ -87,7 +87,7 @@ class Objective:
         return RowLosses(out.losses, {"loss": out.losses.detach().sum(), **_reward_figures(out, "")})
 
     def _prm(self, model: PersonalizedRewardModel, batch: PairBatch) -> RowLosses:
-        individual = model.scores(batch, batch.user_ids)
+        individual = model.scores(batch, batch.user_ids, batch.context)
         generic = model.scores(batch, torch.zeros_like(batch.user_ids))
         out = prm_loss(*individual, *generic, alpha=self.alpha)
         return RowLosses(
@@ -119,7 +119,7 @@ class Objective:
         return RowLosses(losses, {"loss": losses.detach().sum(), **_figures(out, logps, "")})
 
     def _pdpo(self, policy: PersonalizedPolicy, batch: PairBatch, reference: ReferenceLogps) -> RowLosses:
-        individual = policy.logps(batch, batch.user_ids)
+        individual = policy.logps(batch, batch.user_ids, batch.context)
         generic = policy.logps(batch, torch.zeros_like(batch.user_ids))
         out = pdpo_loss(
             individual.chosen,

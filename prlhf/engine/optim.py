@@ -15,16 +15,22 @@ BUCKET_ELEMENTS = 16 * 2**20
 
 
 def make_optimizer(
-    parameters: dict[str, nn.Parameter], *, lr: float, user_lr: float, cluster_lr: float, weight_decay: float
+    parameters: dict[str, nn.Parameter],
+    *,
+    lr: float,
+    user_lr: float,
+    cluster_lr: float,
+    encoder_lr: float,
+    weight_decay: float,
 ) -> torch.optim.AdamW:
-    """Fused AdamW with three groups: the model, the users' soft prompts, their weights of shared ones.
+    """Fused AdamW with four groups: the model, the users' soft prompts, their weights of shared ones, an encoder.
 
-    Weight decay applies to the model alone: it would pull users towards a zero prompt, which is not the generic user.
+    Weight decay applies to model and encoder; it would pull soft prompts towards zero, which is not the generic user.
     """
-    groups: dict[str, list[nn.Parameter]] = {"model": [], "users": [], "cluster_weights": []}
+    groups: dict[str, list[nn.Parameter]] = {"model": [], "users": [], "cluster_weights": [], "encoder": []}
     for name, parameter in parameters.items():
         groups[_group_of(name)].append(parameter)
-    rates = {"model": lr, "users": user_lr, "cluster_weights": cluster_lr}
+    rates = {"model": lr, "users": user_lr, "cluster_weights": cluster_lr, "encoder": encoder_lr}
     return torch.optim.AdamW(
         [
             {
@@ -32,7 +38,7 @@ def make_optimizer(
                 "name": name,
                 "lr": rates[name],
                 "base_lr": rates[name],
-                "weight_decay": weight_decay if name == "model" else 0.0,
+                "weight_decay": weight_decay if name in ("model", "encoder") else 0.0,
             }
             for name, members in groups.items()
             if members
@@ -44,6 +50,8 @@ def make_optimizer(
 def _group_of(name: str) -> str:
     if name == "user_encoder.weights":
         return "cluster_weights"
+    if name.startswith("user_encoder.encoder."):
+        return "encoder"
     return "users" if name.startswith("user_encoder.") else "model"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from prlhf.config import Config, changed_keys, dump_config, load_config
 from prlhf.data.collate import collate_pairs, collate_responses
+from prlhf.data.context import Context
 from prlhf.data.sampler import cut_microbatches, global_batch, shard
 from prlhf.data.tokenize import TokenizedPair
 from prlhf.distributed import all_reduce_any, is_main, rank, world_size
@@ -151,7 +152,20 @@ def batches_of_step(job: Job, step: int) -> tuple[list[Batch], int]:
         mine, lambda i: copies * (job.rows[i].num_tokens + num_soft), config.train.microbatch_tokens
     )
     collate: Any = collate_responses if config.method == "sft" else collate_pairs
-    return [collate([job.rows[i] for i in cut], job.pad_id).to(job.model.device) for cut in cuts], len(indices)
+    batches = [collate([job.rows[i] for i in cut], job.pad_id, contexts_of(job, cut, step)) for cut in cuts]
+    return [batch.to(job.model.device) for batch in batches], len(indices)
+
+
+def contexts_of(job: Job, indices: Sequence[int], step: int) -> list[Context] | None:
+    """What an encoder reads beside training rows at a step, a function of (seed, step, row); None without one."""
+    if job.contexts is None or job.preferences is None:
+        return None
+    places = [job.rows[i].row for i in indices]
+    records = [job.preferences.train[place] for place in places]
+    return [
+        job.contexts.of_row(record, (job.config.seed, step, place), training=True)
+        for record, place in zip(records, places, strict=True)
+    ]
 
 
 def _count_(progress: Progress, result: StepResult, num_rows: int, seconds: float, max_skipped: int) -> None:

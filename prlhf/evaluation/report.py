@@ -12,6 +12,7 @@ from prlhf.errors import DataError
 
 COLUMN_WIDTH = 38
 NUM_SIDE_BY_SIDE = 3
+ENCODER_KINDS = ("text", "history")  # user models that read users, also those never seen
 
 
 def make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -67,6 +68,12 @@ def _headline(final: Mapping[str, Any]) -> str:
         "generic": "the same rows, generic user",
         "unseen": "unseen users, generic user",
     }
+    if final.get("user_model") in ENCODER_KINDS:
+        names |= {
+            "seen": f"seen users, own {final['user_model']}",
+            "unseen": f"unseen users, own {final['user_model']}",
+            "unseen_generic": "unseen users, generic user",
+        }
     rows = [
         [
             label,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prlhf.data.collate import collate_responses
+from prlhf.data.context import NO_CONTEXT, Context
 from prlhf.data.records import GENERIC_USER_ID
 from prlhf.data.sampler import cut_microbatches
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
@@ -37,6 +38,7 @@ def score_sequences(
     model: PersonalizedModel,
     sequences: Sequence[TokenSequence],
     user_ids: Sequence[int] | None,
+    contexts: Sequence[Context] | None = None,
     *,
     pad_id: int,
     microbatch_tokens: int,
@@ -47,6 +49,7 @@ def score_sequences(
     Args:
         sequences: N of them, any lengths.
         user_ids: N ids, 0 is generic; None: no soft prompt.
+        contexts: N of them, for an encoder; None for the generic user.
         on_batch: called between batches; may raise to stop.
     """
     users = [GENERIC_USER_ID] * len(sequences) if user_ids is None else user_ids
@@ -60,8 +63,9 @@ def score_sequences(
     with model.evaluating():
         for members in cuts:
             on_batch()
-            batch = collate_responses([rows[i] for i in members], pad_id).to(model.device)
-            results.append(model.sequence_values(batch, None if user_ids is None else batch.user_ids))
+            read = None if contexts is None else [contexts[i] for i in members]
+            batch = collate_responses([rows[i] for i in members], pad_id, read).to(model.device)
+            results.append(model.sequence_values(batch, None if user_ids is None else batch.user_ids, batch.context))
     scores = Scores(torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.int64))
     # The device is waited for here alone, not once a batch.
     for members, (values, tokens) in zip(cuts, results, strict=True):
@@ -70,7 +74,11 @@ def score_sequences(
 
 
 def score_pair_responses(
-    model: PersonalizedModel, rows: Sequence[TokenizedPair], user_ids: Sequence[int] | None, **options: Any
+    model: PersonalizedModel,
+    rows: Sequence[TokenizedPair],
+    user_ids: Sequence[int] | None,
+    contexts: Sequence[Context] | None = None,
+    **options: Any,
 ) -> Tensor:
     """Values of the chosen and the rejected response of each row, the work shared between ranks.
 
@@ -78,18 +86,22 @@ def score_pair_responses(
 
     Args:
         user_ids: one a row, 0 is generic; None: no soft prompt.
+        contexts: one a row, for an encoder; None for the generic user.
         **options: of `score_sequences`.
     Returns: (N, 2) float32 on the CPU, the same on every rank.
     """
-    distinct: dict[tuple[TokenSequence, int], int] = {}
+    distinct: dict[tuple[TokenSequence, int, Context], int] = {}
     places = torch.zeros(len(rows), 2, dtype=torch.int64)
     for i, row in enumerate(rows):
         user = GENERIC_USER_ID if user_ids is None else user_ids[i]
+        context = NO_CONTEXT if contexts is None else contexts[i]
         for j, response in enumerate((row.chosen_ids, row.rejected_ids)):
-            places[i, j] = distinct.setdefault((TokenSequence(row.prompt_ids, response), user), len(distinct))
+            key = (TokenSequence(row.prompt_ids, response), user, context)
+            places[i, j] = distinct.setdefault(key, len(distinct))
     mine = list(distinct)[rank() :: world_size()]
-    users = None if user_ids is None else [user for _, user in mine]
-    scores = score_sequences(model, [sequence for sequence, _ in mine], users, **options)
+    users = None if user_ids is None else [user for _, user, _ in mine]
+    read = None if contexts is None else [context for _, _, context in mine]
+    scores = score_sequences(model, [sequence for sequence, _, _ in mine], users, read, **options)
     # On the model's device, because NCCL sums nothing on the CPU; each entry is one rank's value plus zeros.
     values = torch.zeros(len(distinct), device=model.device)
     values[rank() :: world_size()] = scores.values.to(model.device)

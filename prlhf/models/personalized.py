@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.data.collate import PairBatch, ResponseBatch
+from prlhf.data.context import ContextBatch, UserContexts
 from prlhf.data.records import UserIndex
 from prlhf.models.backbone import input_embedding
 from prlhf.models.soft_prompt import SoftPromptAdapter
-from prlhf.usermodel import UserModel
+from prlhf.usermodel import UserContext, UserModel
 
 
 class PersonalizedModel(nn.Module, ABC):
@@ -25,6 +26,7 @@ class PersonalizedModel(nn.Module, ABC):
         tokenizer: the backbone's tokenizer; its BOS decides where the soft prompt goes.
         user_encoder: user ids -> (B, T, D); None for methods without users.
         users: string ids of the user encoder's rows.
+        contexts: what an encoder reads about known users; None for user models that are tables.
     """
 
     def __init__(
@@ -34,12 +36,14 @@ class PersonalizedModel(nn.Module, ABC):
         *,
         user_encoder: UserModel | None = None,
         users: UserIndex | None = None,
+        contexts: UserContexts | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.user_encoder = user_encoder
         self.users = users
+        self.contexts = contexts
         self.soft_prompt = SoftPromptAdapter(
             has_bos=tokenizer.bos_token_id is not None,
             num_user_tokens=0 if user_encoder is None else user_encoder.num_user_tokens,
@@ -56,12 +60,15 @@ class PersonalizedModel(nn.Module, ABC):
         """Device of the backbone's weights."""
         return next(self.backbone.parameters()).device
 
-    def input_embeds(self, input_ids: Tensor, user_ids: Tensor | None) -> Tensor:
+    def input_embeds(
+        self, input_ids: Tensor, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> Tensor:
         """Embeddings of the sequence, with the users' soft prompts in their place.
 
         Args:
             input_ids: (N, L) int64, right-padded.
             user_ids: (N / k,) int64 for k stacked blocks of the same users; None: no soft prompt.
+            context: of the N / k users, for an encoder; None for the generic user.
         Returns: (N, L + T, D), or (N, L, D) without soft prompt.
         Raises: ValueError: user ids for a model without users.
         """
@@ -70,15 +77,25 @@ class PersonalizedModel(nn.Module, ABC):
             return token_embeds
         if self.user_encoder is None:
             raise ValueError("user_ids were given, but this model has no user encoder; pass user_ids=None")
-        return self.soft_prompt(token_embeds, self.user_encoder(user_ids))
+        return self.soft_prompt(token_embeds, self.user_encoder(user_ids, self._embed_context(context)))
+
+    def _embed_context(self, context: ContextBatch | None) -> UserContext | None:
+        if context is None:
+            return None
+        # Read, not trained: the backbone's embeddings learn from the text that the model itself reads.
+        with torch.no_grad():
+            return UserContext(input_embedding(self.backbone)(context.input_ids), context.lengths)
 
     @abstractmethod
-    def sequence_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sequence_values(
+        self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What the model says of each sequence of a batch: a policy its response's log-prob, a reward model its score.
 
         Args:
             batch: N sequences (2B of a pair batch), padded on the right.
             user_ids: as for `input_embeds`.
+            context: likewise.
         Returns: values (N,) float32, response tokens (N,) int64.
         """
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
+from prlhf.data.context import ContextBatch
 from prlhf.losses import response_logps, response_token_counts
 from prlhf.models.lora import adapters_disabled
 from prlhf.models.personalized import PersonalizedModel
@@ -39,7 +40,9 @@ class PersonalizedPolicy(PersonalizedModel):
         """Give the policy its reference."""
         self.reference: Reference = Reference(self)
 
-    def sequence_logps(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sequence_logps(
+        self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Summed log-probs of the labelled tokens of each sequence of a batch.
 
         No attention mask is needed: under causal attention no real token sees a pad on its right, and pads carry
@@ -48,9 +51,10 @@ class PersonalizedPolicy(PersonalizedModel):
         Args:
             batch: N sequences (2B of a pair batch).
             user_ids: as for `input_embeds`.
+            context: likewise.
         Returns: log-probs (N,) float32 in nats, scored tokens (N,) int64.
         """
-        embeds = self.input_embeds(batch.input_ids, user_ids)
+        embeds = self.input_embeds(batch.input_ids, user_ids, context)
         num_soft = embeds.shape[1] - batch.input_ids.shape[1]
         # The soft prompt stands before every label, and a label is scored by the position before it.
         first = max(num_soft + batch.num_unscored - 1, 0)
@@ -58,18 +62,23 @@ class PersonalizedPolicy(PersonalizedModel):
         logits = self.backbone(inputs_embeds=embeds, use_cache=False, logits_to_keep=labels.shape[1]).logits
         return response_logps(logits, labels), response_token_counts(labels)
 
-    def sequence_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sequence_values(
+        self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`sequence_logps`."""
-        return self.sequence_logps(batch, user_ids)
+        return self.sequence_logps(batch, user_ids, context)
 
-    def logps(self, batch: PairBatch, user_ids: Tensor | None) -> ResponseLogps:
+    def logps(
+        self, batch: PairBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> ResponseLogps:
         """Summed log-probs of both responses of each row.
 
         Args:
             batch: B rows.
             user_ids: (B,) int64, 0 is the generic user; None: no soft prompt at all (reference, vanilla methods).
+            context: of the rows' users, for an encoder (`batch.context`); None for the generic user.
         """
-        logps, tokens = self.sequence_logps(batch, user_ids)
+        logps, tokens = self.sequence_logps(batch, user_ids, context)
         chosen, rejected = logps.chunk(2)
         chosen_tokens, rejected_tokens = tokens.chunk(2)
         return ResponseLogps(chosen, rejected, chosen_tokens, rejected_tokens)

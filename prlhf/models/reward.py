@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
+from prlhf.data.context import ContextBatch
 from prlhf.losses import response_token_counts
 from prlhf.models.backbone import input_embedding
 from prlhf.models.personalized import PersonalizedModel
@@ -36,14 +37,17 @@ class PersonalizedRewardModel(PersonalizedModel):
         nn.init.zeros_(self.score.weight)
         _freeze_output_layer_(self.backbone)
 
-    def sequence_scores(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> Tensor:
+    def sequence_scores(
+        self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> Tensor:
         """Score of each sequence of a batch: (N,) float32.
 
         Args:
             batch: N sequences (2B of a pair batch), each with a labelled token.
-            user_ids: (N / k,) int64 for k stacked blocks of the same users; None: no soft prompt.
+            user_ids: as for `input_embeds`.
+            context: likewise.
         """
-        embeds = self.input_embeds(batch.input_ids, user_ids)
+        embeds = self.input_embeds(batch.input_ids, user_ids, context)
         num_soft = embeds.shape[1] - batch.input_ids.shape[1]
         hidden = _decoder(self.backbone)(inputs_embeds=embeds, use_cache=False).last_hidden_state
         labelled = (batch.labels != IGNORE_INDEX).long()
@@ -54,18 +58,23 @@ class PersonalizedRewardModel(PersonalizedModel):
         with torch.autocast(last_hidden.device.type, enabled=False):
             return self.score(last_hidden.float()).squeeze(1)
 
-    def sequence_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sequence_values(
+        self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`sequence_scores`, and response tokens."""
-        return self.sequence_scores(batch, user_ids), response_token_counts(batch.labels)
+        return self.sequence_scores(batch, user_ids, context), response_token_counts(batch.labels)
 
-    def scores(self, batch: PairBatch, user_ids: Tensor | None) -> ResponseScores:
+    def scores(
+        self, batch: PairBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> ResponseScores:
         """Scores of both responses of each row.
 
         Args:
             batch: B rows.
             user_ids: (B,) int64, 0 is the generic user; None: no soft prompt at all (the vanilla reward model).
+            context: of the rows' users, for an encoder (`batch.context`); None for the generic user.
         """
-        return ResponseScores(*self.sequence_scores(batch, user_ids).chunk(2))
+        return ResponseScores(*self.sequence_scores(batch, user_ids, context).chunk(2))
 
 
 def _decoder(backbone: nn.Module) -> nn.Module:
