@@ -107,6 +107,7 @@ def test_a_number_is_finite(value: object) -> None:
         ({"method": "prm", "loss": {"sft_weight": 1.0}}, "loss.sft_weight"),
         ({"method": "prm", "loss": {"label_smoothing": 0.1}}, "loss.label_smoothing"),
         ({"loss": {"kind": "ipo", "label_smoothing": 0.1}}, "loss.label_smoothing"),
+        ({"user": {"kind": "cluster", "prior": 0.1}}, "user.prior"),
         ({"data": {"max_tokens": 522}}, "data.max_prompt_tokens"),
         ({"model": {"lora": {"targets": []}}}, "model.lora.targets"),
         ({"name": "../escape"}, "name"),
@@ -129,6 +130,8 @@ def test_settings_that_cannot_work_are_refused(data: dict[str, Any], key: str) -
         {"data": {"max_tokens": 523}},
         {**DPO, "data": {"max_tokens": 513}},
         {"loss": {"label_smoothing": 0.1, "alpha": 1}},
+        {"user": {"kind": "low_rank", "prior": 0.1}},
+        {"user": {"kind": "history", "history_pairs": 1}},
     ],
 )
 def test_settings_at_the_edge_are_accepted(data: dict[str, Any]) -> None:
