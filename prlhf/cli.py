@@ -179,7 +179,7 @@ def _score(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from prlhf.data.jsonl import write_jsonl
     from prlhf.data.records import prompt_record
-    from prlhf.evaluation.samples import user_indices
+    from prlhf.evaluation.samples import user_contexts, user_indices
     from prlhf.generation import generate
     from prlhf.models import load_policy
 
@@ -192,6 +192,7 @@ def _generate(args: argparse.Namespace) -> int:
         policy,
         [prompt for _, prompt in pairs],
         user_indices(policy, [user for user, _ in pairs]),
+        contexts=user_contexts(policy, pairs),
         options=_sampling(args),
     )
     write_jsonl(
@@ -206,7 +207,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     from prlhf.data.records import Message
-    from prlhf.evaluation.samples import user_indices
+    from prlhf.evaluation.samples import user_contexts, user_indices
     from prlhf.generation import generate
     from prlhf.models import load_policy
 
@@ -224,7 +225,9 @@ def _chat(args: argparse.Namespace) -> int:
             continue
         if policy.tokenizer.chat_template:
             history.append(Message("user", line.strip()))
-        answer = generate(policy, [tuple(history) or line.strip()], user_ids, options=_sampling(args))[0]
+        prompt = tuple(history) or line.strip()
+        contexts = user_contexts(policy, [(args.user, prompt)])
+        answer = generate(policy, [prompt], user_ids, contexts=contexts, options=_sampling(args))[0]
         if history:
             history.append(Message("assistant", answer))
         sys.stdout.write(answer + "\n")

@@ -61,12 +61,21 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class UserConfig:
-    """The user model; `num_clusters` is read for `cluster`, `rank` for `low_rank`, `init_range` for `init: uniform`."""
+    """The user model; `num_clusters` is read for `cluster`, `rank` for `low_rank`, `init_range` for `init: uniform`.
 
-    kind: Literal["none", "uniform", "individual", "cluster", "low_rank"] = "individual"
+    Of the encoders `text` reads `user_text`, and `history` up to `history_pairs` pairs that the user has judged; the
+    width of either is `encoder_dim`, and a text or response is cut to `context_tokens`. `prior` is the precision of a
+    Gaussian prior on what sets a user apart from the generic one (individual: o_i, low_rank: w_i).
+    """
+
+    kind: Literal["none", "uniform", "individual", "cluster", "low_rank", "text", "history"] = "individual"
     num_user_tokens: int = 10
     num_clusters: int = 6
     rank: int = 4
+    encoder_dim: int = 64
+    context_tokens: int = 256
+    history_pairs: int = 8
+    prior: float = 0.0
     init: Literal["vocabulary", "uniform"] = "vocabulary"
     init_range: float = 0.5
 
@@ -96,8 +105,8 @@ class TrainConfig:
 
     With `packing` rows are laid out without padding and responses to one prompt share it, where the backbone allows it.
     `user_lr` is the rate of the user embeddings, `cluster_lr` that of the users' weights of shared soft prompts
-    (cluster, low_rank). `max_steps: null` trains `epochs` epochs; the run stops after `max_skipped_steps` non-finite
-    steps in a row.
+    (cluster, low_rank), `encoder_lr` that of what reads a user (text, history). `max_steps: null` trains `epochs`
+    epochs; the run stops after `max_skipped_steps` non-finite steps in a row.
     """
 
     epochs: int = 1
@@ -108,6 +117,7 @@ class TrainConfig:
     lr: float = 5e-5
     user_lr: float = 1e-3
     cluster_lr: float = 1e-2
+    encoder_lr: float = 1e-3
     weight_decay: float = 0.0
     warmup_steps: int = 150
     max_grad_norm: float = 1.0
@@ -172,6 +182,8 @@ _AT_LEAST_ONE: _Limit = (lambda value: value >= 1, "1 or more")
 _SHARE: _Limit = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _SHARE_BELOW_ONE: _Limit = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
 PERSONAL_METHODS = ("pdpo", "prm")
+USER_KINDS = ("uniform", "individual", "cluster", "low_rank", "text", "history")
+SHRUNK_KINDS = ("individual", "low_rank")
 REFERENCE_FREE_KINDS = ("simpo", "orpo")
 # Settings of the loss that some kinds alone read; with any other kind they keep their defaults.
 _KINDS_OF_SETTING = {
@@ -201,6 +213,10 @@ _LIMITS: dict[str, _Limit] = {
     "user.num_user_tokens": _AT_LEAST_ONE,
     "user.num_clusters": (lambda value: value >= 2, "2 or more"),
     "user.rank": _AT_LEAST_ONE,
+    "user.encoder_dim": _AT_LEAST_ONE,
+    "user.context_tokens": _AT_LEAST_ONE,
+    "user.history_pairs": _AT_LEAST_ONE,
+    "user.prior": _NOT_NEGATIVE,
     "user.init_range": _ABOVE_ZERO,
     "loss.beta": _ABOVE_ZERO,
     "loss.alpha": _SHARE,
@@ -216,6 +232,7 @@ _LIMITS: dict[str, _Limit] = {
     "train.lr": _NOT_NEGATIVE,
     "train.user_lr": _NOT_NEGATIVE,
     "train.cluster_lr": _NOT_NEGATIVE,
+    "train.encoder_lr": _NOT_NEGATIVE,
     "train.weight_decay": _NOT_NEGATIVE,
     "train.warmup_steps": _NOT_NEGATIVE,
     "train.max_grad_norm": _ABOVE_ZERO,
@@ -363,12 +380,15 @@ def _contradictions(config: Config) -> Iterator[Problem]:
     """Settings that are fine alone and not together; the first key is the one to change."""
     data, user, loss = config.data, config.user, config.loss
     if config.method in PERSONAL_METHODS and user.kind == "none":
-        text = f"got none with method {config.method}, expected uniform, individual, cluster or low_rank"
+        text = f"got none with method {config.method}, expected one of {', '.join(USER_KINDS)}"
         yield Problem(("user.kind", "method"), text)
     if config.method not in PERSONAL_METHODS and user.kind != "none":
         yield Problem(("user.kind", "method"), f"got {user.kind} with method {config.method}, expected none")
     if config.method not in ("dpo", "pdpo") and loss.kind != "sigmoid":
         yield Problem(("loss.kind", "method"), f"got {loss.kind} with method {config.method}, expected sigmoid")
+    if user.prior > 0 and user.kind not in SHRUNK_KINDS:
+        text = f"got {user.prior} with user.kind {user.kind}, expected 0: only {' and '.join(SHRUNK_KINDS)} have one"
+        yield Problem(("user.prior", "user.kind"), text)
     if config.method in ("rm", "prm"):
         for key, value, expected in (
             ("loss.label_smoothing", loss.label_smoothing, 0),

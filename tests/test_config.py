@@ -114,6 +114,7 @@ def test_a_number_is_finite(value: object) -> None:
         ({"loss": {"desirable_weight": 2.0}}, "loss.desirable_weight"),
         ({"loss": {"kind": "simpo"}, "model": {"reference": "live"}}, "model.reference"),
         ({"method": "sft", "user": {"kind": "none"}, "loss": {"kind": "kto"}}, "loss.kind"),
+        ({"user": {"kind": "cluster", "prior": 0.1}}, "user.prior"),
         ({"data": {"max_tokens": 522}}, "data.max_prompt_tokens"),
         ({"model": {"lora": {"targets": []}}}, "model.lora.targets"),
         ({"name": "../escape"}, "name"),
@@ -138,6 +139,8 @@ def test_settings_that_cannot_work_are_refused(data: dict[str, Any], key: str) -
         {"loss": {"label_smoothing": 0.1, "alpha": 1}},
         {"loss": {"kind": "simpo", "gamma": 0.5, "beta": 2, "sft_weight": 1}},
         {**DPO, "loss": {"kind": "kto", "undesirable_weight": 0.5}, "model": {"reference": "live"}},
+        {"user": {"kind": "low_rank", "prior": 0.1}},
+        {"user": {"kind": "history", "history_pairs": 1}},
     ],
 )
 def test_settings_at_the_edge_are_accepted(data: dict[str, Any]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from prlhf.data.context import Context, ContextBatch, collate_contexts
 from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair, TokenizedResponse
 
 IGNORE_INDEX = -100
@@ -29,6 +30,7 @@ class _PaddedRows:
         lengths: (N,) tokens of prompt and response.
         prompt_keys: (B,) equal numbers for equal prompts.
         response_keys: (N,) equal numbers for equal responses.
+        context: what an encoder reads about the users of the B rows; None for other user models.
     """
 
     input_ids: Tensor
@@ -39,6 +41,7 @@ class _PaddedRows:
     lengths: tuple[tuple[int, int], ...]
     prompt_keys: tuple[int, ...]
     response_keys: tuple[int, ...]
+    context: ContextBatch | None = field(default=None, kw_only=True)
 
     @property
     def num_unscored(self) -> int:
@@ -67,6 +70,7 @@ class _PaddedRows:
             labels=self.labels.to(device),
             user_ids=self.user_ids.to(device),
             rows=self.rows.to(device),
+            context=None if self.context is None else self.context.to(device),
         )
 
 
@@ -103,7 +107,7 @@ class LabelledBatch(_PaddedRows):
         liked: (B,) bool.
     """
 
-    liked: Tensor
+    liked: Tensor = field(kw_only=True)
 
     @property
     def responses(self) -> ResponseBatch:
@@ -129,36 +133,46 @@ class LabelledBatch(_PaddedRows):
             lengths=self.lengths[part],
             prompt_keys=self.prompt_keys,
             response_keys=self.response_keys[part],
+            context=self.context,
         )
 
 
-def collate_labelled(rows: Sequence[TokenizedLabelled], pad_id: int) -> LabelledBatch:
-    """Batch of at least one unpaired row."""
+def collate_labelled(
+    rows: Sequence[TokenizedLabelled], pad_id: int, contexts: Sequence[Context] | None = None
+) -> LabelledBatch:
+    """Batch of at least one unpaired row, with a context for each or none at all."""
     own = [(row.prompt_ids, row.response_ids) for row in rows]
     mismatched = [(row.prompt_ids, row.mismatched_ids) for row in rows]
     liked = torch.tensor([row.label for row in rows])
     sequence_rows = (*range(len(rows)), *range(len(rows)))
-    return _collate(LabelledBatch, rows, own + mismatched, sequence_rows, pad_id, liked=liked)
+    return _collate(LabelledBatch, rows, own + mismatched, sequence_rows, pad_id, contexts, liked=liked)
 
 
-def collate_pairs(rows: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
-    """Batch of at least one preference row."""
+def collate_pairs(
+    rows: Sequence[TokenizedPair], pad_id: int, contexts: Sequence[Context] | None = None
+) -> PairBatch:
+    """Batch of at least one preference row, with a context for each or none at all."""
     chosen = [(row.prompt_ids, row.chosen_ids) for row in rows]
     rejected = [(row.prompt_ids, row.rejected_ids) for row in rows]
-    return _collate(PairBatch, rows, chosen + rejected, (*range(len(rows)), *range(len(rows))), pad_id)
+    sequence_rows = (*range(len(rows)), *range(len(rows)))
+    return _collate(PairBatch, rows, chosen + rejected, sequence_rows, pad_id, contexts)
 
 
-def collate_responses(rows: Sequence[TokenizedResponse], pad_id: int) -> ResponseBatch:
-    """Batch of at least one response row."""
+def collate_responses(
+    rows: Sequence[TokenizedResponse], pad_id: int, contexts: Sequence[Context] | None = None
+) -> ResponseBatch:
+    """Batch of at least one response row, with a context for each or none at all."""
     sequences = [(row.prompt_ids, row.response_ids) for row in rows]
-    return _collate(ResponseBatch, rows, sequences, tuple(range(len(rows))), pad_id)
+    return _collate(ResponseBatch, rows, sequences, tuple(range(len(rows))), pad_id, contexts)
 
 
-def collate_trees(trees: Sequence[ResponseTree], pad_id: int) -> ResponseBatch:
-    """Batch of at least one tree: B trees, as many sequences as they have responses, in order."""
+def collate_trees(
+    trees: Sequence[ResponseTree], pad_id: int, contexts: Sequence[Context] | None = None
+) -> ResponseBatch:
+    """Batch of at least one tree: B trees, as many sequences as they have responses, in order; contexts as above."""
     sequences = [(tree.prompt_ids, response_ids) for tree in trees for response_ids in tree.responses]
     sequence_rows = tuple(row for row, tree in enumerate(trees) for _ in tree.responses)
-    return _collate(ResponseBatch, trees, sequences, sequence_rows, pad_id)
+    return _collate(ResponseBatch, trees, sequences, sequence_rows, pad_id, contexts)
 
 
 def _collate(
@@ -167,6 +181,7 @@ def _collate(
     sequences: list[tuple[tuple[int, ...], tuple[int, ...]]],
     sequence_rows: tuple[int, ...],
     pad_id: int,
+    contexts: Sequence[Context] | None,
     **further: Tensor,
 ) -> Rows:
     input_ids, labels = _pad(sequences, pad_id)
@@ -179,6 +194,7 @@ def _collate(
         lengths=tuple((len(prompt_ids), len(response_ids)) for prompt_ids, response_ids in sequences),
         prompt_keys=_number([row.prompt_ids for row in rows]),
         response_keys=_number([response_ids for _, response_ids in sequences]),
+        context=None if contexts is None else collate_contexts(contexts, pad_id),
         **further,
     )
 

@@ -39,8 +39,13 @@ class Split(Generic[Data]):
 
 
 def prompt_group(row: JudgedRow | ResponseRow) -> Hashable:
-    """What undivided rows share: the prompt without regard to case and spacing; of a dialogue, its opening."""
-    return " ".join(_opening(row.prompt).casefold().split())
+    """What undivided rows share; see `prompt_key`."""
+    return prompt_key(row.prompt)
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """The prompt without regard to case and spacing; of a dialogue, its opening."""
+    return " ".join(_opening(prompt).casefold().split())
 
 
 def split_preferences(

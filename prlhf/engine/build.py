@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from prlhf.config import REFERENCE_FREE_KINDS, Config
+from prlhf.data.context import UserContexts, collect_facts
 from prlhf.data.labelled import labelled_from_pairs, preferences_from_labelled, tokenize_labelled
 from prlhf.data.load import load_judged_data, load_neutral_texts, load_preference_data, load_response_rows
 from prlhf.data.records import LabelledData, LabelledRow, PreferenceData, ResponseRow
@@ -28,6 +29,7 @@ from prlhf.data.tokenize import (
 from prlhf.distributed import rank, world_size
 from prlhf.engine.objective import Objective
 from prlhf.engine.optim import make_optimizer
+from prlhf.engine.shrinkage import ShrunkObjective
 from prlhf.engine.step import Model
 from prlhf.errors import ConfigError, DataError
 from prlhf.models.assemble import (
@@ -67,6 +69,7 @@ class Job:
     max_steps: int
     autocast: Autocast
     pad_id: int
+    contexts: UserContexts | None  # of the training rows, for an encoder
 
     @property
     def reference(self) -> Reference | None:
@@ -109,6 +112,9 @@ def make_spec(config: Config) -> PolicySpec:
         num_user_tokens=user.num_user_tokens,
         num_clusters=user.num_clusters,
         user_rank=user.rank,
+        encoder_dim=user.encoder_dim,
+        context_tokens=user.context_tokens,
+        history_pairs=user.history_pairs,
         user_init=user.init,
         user_init_range=user.init_range,
     )
@@ -193,34 +199,29 @@ def build_job(config: Config) -> Job:
             f"data.source {config.data.source!r}: no training row is left after tokenizing "
             f"({tokenized.dropped}); raise data.max_tokens or mend the data"
         )
+    contexts = None if data.preferences is None else learn_users_(model, data.preferences, seed=config.seed)
     model.to(device)
     if model.user_encoder is not None:
         init_user_encoder_(model, spec, [row.prompt_ids + row.responses[0] for row in tokenized.rows[:NUM_PROBES]])
     _prepare_for_training_(model, config, spec)
     train = config.train
-    optimizer = make_optimizer(
-        model.trainable(),
-        lr=train.lr,
-        user_lr=train.user_lr,
-        cluster_lr=train.cluster_lr,
-        weight_decay=train.weight_decay,
-    )
     max_steps = train.max_steps or train.epochs * num_steps_per_epoch(len(tokenized.rows), train.batch_rows)
     return Job(
         config=config,
         spec=spec,
         model=model,
-        optimizer=optimizer,
+        optimizer=_optimizer_of(model, config),
         rows=tokenized.rows,
         dropped=tokenized.dropped,
-        objective=make_objective(config),
+        objective=make_objective(config, tokenized.rows, num_users=len(model.users or ()), device=device),
         preferences=data.preferences,
         dev_responses=data.dev_responses,
         neutral=neutral,
-        data_sha256=hash_rows(tokenized.rows),
+        data_sha256=hash_rows(tokenized.rows if contexts is None else [*tokenized.rows, contexts.facts]),
         max_steps=max_steps,
         autocast=make_autocast(train.precision, device),
         pad_id=pad_token_id(model.tokenizer),
+        contexts=contexts,
     )
 
 
@@ -242,20 +243,37 @@ def restore_reference_(job: Job) -> None:
         job.model.reference = Reference(start.eval())
 
 
-def make_objective(config: Config) -> Objective:
-    """The loss of a row that the configuration asks for."""
-    loss = config.loss
-    return Objective(
-        config.method,
-        kind=loss.kind,
-        beta=loss.beta,
-        alpha=loss.alpha,
-        label_smoothing=loss.label_smoothing,
-        sft_weight=loss.sft_weight,
-        gamma=loss.gamma,
-        desirable_weight=loss.desirable_weight,
-        undesirable_weight=loss.undesirable_weight,
+def _optimizer_of(model: PersonalizedModel, config: Config) -> torch.optim.Optimizer:
+    train = config.train
+    return make_optimizer(
+        model.trainable(),
+        lr=train.lr,
+        user_lr=train.user_lr,
+        cluster_lr=train.cluster_lr,
+        encoder_lr=train.encoder_lr,
+        weight_decay=train.weight_decay,
     )
+
+
+def make_objective(
+    config: Config, rows: TokenizedRows, *, num_users: int, device: torch.device
+) -> Objective:
+    """The loss of a row that the configuration asks for, with the prior's share where there is one."""
+    loss = config.loss
+    settings: dict[str, Any] = {
+        "kind": loss.kind,
+        "beta": loss.beta,
+        "alpha": loss.alpha,
+        "label_smoothing": loss.label_smoothing,
+        "sft_weight": loss.sft_weight,
+        "gamma": loss.gamma,
+        "desirable_weight": loss.desirable_weight,
+        "undesirable_weight": loss.undesirable_weight,
+    }
+    if config.user.prior == 0:
+        return Objective(config.method, **settings)
+    counts = torch.bincount(torch.tensor([row.user_id for row in rows]), minlength=num_users + 1).to(device)
+    return ShrunkObjective(config.method, **settings, precision=config.user.prior, rows_of_user=counts)
 
 
 def tokenize_limits(config: Config, model: PersonalizedModel) -> dict[str, Any]:
@@ -277,8 +295,27 @@ def check_positions(model: PersonalizedModel, max_tokens: int) -> None:
         )
 
 
-def hash_rows(rows: TokenizedRows) -> str:
-    """sha256 of the tokenized training rows, so that a resumed run goes on with the same data."""
+def learn_users_(model: PersonalizedModel, preferences: PreferenceData, *, seed: int) -> UserContexts | None:
+    """Contexts of the training rows for an encoder; the model learns what a checkpoint keeps of the users.
+
+    Returns: None for other user models.
+    Raises: DataError: there is nothing to read.
+    """
+    if model.contexts is None:
+        return None
+    contexts = model.contexts.with_facts(collect_facts(preferences.train))
+    if model.contexts.kind == "text" and not any(facts.text for facts in contexts.facts.values()):
+        raise DataError(f"{preferences.source}: user.kind text reads user_text, and no training row has one; "
+                        "add it to the rows or to users.json, or choose another user.kind")
+    if model.contexts.kind == "history" and all(len(facts.pairs) < 2 for facts in contexts.facts.values()):
+        raise DataError(f"{preferences.source}: user.kind history reads a user's other pairs, and no user has two "
+                        "training rows; choose another user.kind")
+    model.contexts.facts = contexts.to_keep(seed)
+    return contexts
+
+
+def hash_rows(rows: Sequence[Any]) -> str:
+    """sha256 of the tokenized training rows and of all else that is read, so that a resume has the same data."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr(row).encode())

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prlhf.data.context import facts_record
 from prlhf.distributed import all_reduce_any, barrier, is_main, rank
 from prlhf.errors import CheckpointError, NoCheckpointError, RunDirError
 from prlhf.files import (
@@ -25,6 +26,7 @@ from prlhf.files import (
     write_text_atomic,
 )
 from prlhf.models.assemble import (
+    CONTEXTS,
     STATE,
     TRAINABLE,
     USER_IDS,
@@ -127,6 +129,8 @@ def _write_shared_files(
     _save(_optimizer_tensors(model, optimizer), directory / OPTIMIZER)
     users = [] if model.users is None else list(model.users.user_ids)
     write_json_atomic(directory / USER_IDS, {"user_ids": users})
+    if model.contexts is not None:
+        write_json_atomic(directory / CONTEXTS, facts_record(model.contexts.facts))
     write_json_atomic(
         directory / STATE,
         {

@@ -14,7 +14,7 @@ from prlhf.data.records import Message, PreferenceData
 from prlhf.engine.build import load_job_data, load_job_neutral, make_autocast, pick_device
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.engine.child import SignalRelay, is_finished, train_in_child
-from prlhf.engine.final import Evaluator, evaluate_preferences
+from prlhf.engine.final import Evaluator, evaluate_preferences, evaluation_contexts
 from prlhf.errors import ConfigError, DataError
 from prlhf.evaluation.judges import RuleJudge
 from prlhf.evaluation.report import format_comparison, format_tax_comparison, load_final, make_table
@@ -67,6 +67,7 @@ def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequ
         pad_id=pad_token_id(model.tokenizer),
         autocast=make_autocast(config.train.precision, device),
         on_batch=lambda: None,
+        contexts=evaluation_contexts(model, data),
     )
     figures, _ = evaluate_preferences(evaluator, data, load_job_neutral(config, data))
     return {

@@ -14,6 +14,7 @@ import torch
 
 from prlhf.config import REFERENCE_FREE_KINDS, Config
 from prlhf.data.check import count_overlap, length_only_accuracy, majority_share
+from prlhf.data.context import UserContexts, collect_facts
 from prlhf.data.load import BUILTIN_TEXT
 from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow
 from prlhf.data.tokenize import Tokenized, TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
@@ -53,6 +54,7 @@ class Evaluator:
     Args:
         on_batch: called between batches; may raise to stop.
         with_reference: False leaves the reference's figures out, for a policy that has none now.
+        contexts: of the rows to evaluate, for an encoder; see `evaluation_contexts`.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Evaluator:
         autocast: Autocast,
         on_batch: OnBatch,
         with_reference: bool = True,
+        contexts: UserContexts | None = None,
     ) -> None:
         self.config = config
         self.model = model
@@ -72,6 +75,7 @@ class Evaluator:
             "with_reference": with_reference,
         }
         self.autocast = autocast
+        self.contexts = contexts
         self.scoring: dict[str, Any] = {
             "pad_id": pad_id,
             "microbatch_tokens": config.train.microbatch_tokens,
@@ -99,10 +103,13 @@ class Evaluator:
         seed = self.config.seed
         individual, generic = user_accuracies(seen.individual, seen.rows), user_accuracies(seen.generic, seen.rows)
         counts = {user: sum(row.user_id == user for row in seen.rows) for user in individual}
+        # An encoder reads users it never saw; a table has nothing for them but the generic one.
+        unseen_own = unseen.generic if self.contexts is None else unseen.individual
         return {
             "accuracy": {
                 "seen": summarize_accuracy(seen.individual, seen.rows, seed=seed),
-                "unseen": summarize_accuracy(unseen.generic, unseen.rows, seed=seed),
+                "unseen": summarize_accuracy(unseen_own, unseen.rows, seed=seed),
+                "unseen_generic": summarize_accuracy(unseen.generic, unseen.rows, seed=seed),
                 "generic": summarize_accuracy(seen.generic, seen.rows, seed=seed),
                 "reference_logps": None
                 if seen.reference is None
@@ -112,7 +119,7 @@ class Evaluator:
                 user: {"accuracy": individual[user], "generic_accuracy": generic[user], "num_rows": counts[user]}
                 for user in individual
             },
-            "per_unseen_user": user_accuracies(unseen.generic, unseen.rows),
+            "per_unseen_user": user_accuracies(unseen_own, unseen.rows),
             "majority": {"seen": majority_share(seen.rows), "unseen": majority_share(unseen.rows)},
         }
 
@@ -125,8 +132,12 @@ class Evaluator:
         tokenized: Tokenized[TokenizedPair] = tokenize_pairs(
             rows, self.model.tokenizer, users, **tokenize_limits(self.config, self.model)
         )
+        contexts = None
+        if self.contexts is not None:
+            places = [row.row for row in tokenized.rows]
+            contexts = [self.contexts.of_row(rows[place], (self.config.seed, place)) for place in places]
         with self.autocast():
-            return score_pairs(self.model, rows, tokenized.rows, **self.pairs, **self.scoring)
+            return score_pairs(self.model, rows, tokenized.rows, contexts, **self.pairs, **self.scoring)
 
     def baselines(self, data: PreferenceData) -> dict[str, Any]:
         """What needs no training: rules on form, and for a policy its reference told what the user likes."""
@@ -155,7 +166,7 @@ class Evaluator:
         """What evaluation shares with training, and accuracy with the users drawn anew, for a model with users."""
         parts = {"eval_seen": data.eval_seen, "eval_unseen": data.eval_unseen}
         overlap = {name: {"rows": len(rows), **count_overlap(data.train, rows)} for name, rows in parts.items()}
-        if self.model.user_encoder is None:
+        if self.model.user_encoder is None or self.contexts is not None:  # to an encoder, ids say nothing
             return {"overlap": overlap, "shuffled_users": None}
         tokenized = tokenize_pairs(
             data.eval_seen, self.model.tokenizer, self.model.users, **tokenize_limits(self.config, self.model)
@@ -261,6 +272,18 @@ class Evaluator:
         return tokenize_responses(rows, self.model.tokenizer, **limits).rows
 
 
+def evaluation_contexts(model: Model, data: PreferenceData) -> UserContexts | None:
+    """What an encoder reads in an evaluation on `data`; None for other user models.
+
+    Of a user's pairs it reads training rows if there are any, else the user's other evaluation rows, else what the
+    checkpoint keeps.
+    """
+    if model.contexts is None:
+        return None
+    facts = {**model.contexts.facts, **collect_facts(data.eval_unseen), **collect_facts(data.train)}
+    return model.contexts.with_facts(facts)
+
+
 def evaluate_preferences(
     evaluator: Evaluator, data: PreferenceData, neutral: Sequence[ResponseRow]
 ) -> tuple[dict[str, Any], dict[str, list[Sample]]]:
@@ -291,7 +314,7 @@ def evaluate_run(job: Job, progress: Progress, run_dir: Path, *, setup_s: float,
     began = time.perf_counter()
     if job.preferences is not None:
         restore_reference_(job)
-    evaluator = Evaluator(job.config, job.model, pad_id=job.pad_id, autocast=job.autocast, on_batch=on_batch)
+    evaluator = _evaluator_of(job, on_batch, with_reference=True)
     samples: dict[str, list[Sample]] = {}
     if job.preferences is None:
         figures: dict[str, Any] = {"dev": evaluator.nll(job.dev_responses)}
@@ -331,19 +354,24 @@ def evaluate_step(job: Job, progress: Progress, run_dir: Path, *, on_batch: OnBa
     """Accuracy on the dev rows during training, to `eval/step-*.json`."""
     if job.preferences is None or not job.preferences.dev:
         return
-    evaluator = Evaluator(
-        job.config,
-        job.model,
-        pad_id=job.pad_id,
-        autocast=job.autocast,
-        on_batch=on_batch,
-        with_reference=job.reference is not None,
-    )
+    evaluator = _evaluator_of(job, on_batch, with_reference=job.reference is not None)
     figures = evaluator.accuracy(job.preferences.dev[: job.config.eval.rows], [])
     if is_main():
         (run_dir / "eval").mkdir(exist_ok=True)
         write_json_atomic(run_dir / "eval" / f"step-{progress.step:08d}.json", {"step": progress.step, **figures})
     barrier()
+
+
+def _evaluator_of(job: Job, on_batch: OnBatch, *, with_reference: bool) -> Evaluator:
+    return Evaluator(
+        job.config,
+        job.model,
+        pad_id=job.pad_id,
+        autocast=job.autocast,
+        on_batch=on_batch,
+        with_reference=with_reference,
+        contexts=None if job.preferences is None else evaluation_contexts(job.model, job.preferences),
+    )
 
 
 def write_final(run_dir: Path, final: dict[str, Any], samples: dict[str, list[Sample]]) -> None:

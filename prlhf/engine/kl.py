@@ -38,8 +38,8 @@ def estimate_kl(
     for batch in batches:
         reference = reference_of(batch)
         assert reference is not None
-        for i, user_ids in enumerate(objective.term_users(batch)):
+        for i, (user_ids, context) in enumerate(objective.term_users(batch)):
             with autocast():
-                logps, _ = policy.sequence_logps(batch.mismatched, user_ids)
+                logps, _ = policy.sequence_logps(batch.mismatched, user_ids, context)
             sums[i] += (logps - reference.rejected).sum()
     return (all_reduce_sum(sums) / num_global_rows).clamp(min=0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prlhf.data.collate import LabelledBatch, PairBatch, ResponseBatch
+from prlhf.data.context import ContextBatch
 from prlhf.losses import (
     PairwiseKind,
     PreferenceLoss,
@@ -208,8 +209,8 @@ class Objective:
         own_reference, _ = reference
         losses: list[Tensor] = []
         sums = {LIKED: batch.liked.float().sum(), DISLIKED: (~batch.liked).float().sum()}
-        for i, user_ids in enumerate(self.term_users(batch)):
-            logps, tokens = policy.sequence_logps(batch.responses, user_ids)
+        for i, (user_ids, context) in enumerate(self.term_users(batch)):
+            logps, tokens = policy.sequence_logps(batch.responses, user_ids, context)
             out = kto_loss(
                 logps,
                 own_reference,
@@ -226,9 +227,11 @@ class Objective:
         mixed = self.alpha * losses[0] + (1 - self.alpha) * losses[1] if self.is_personal else losses[0]
         return RowLosses(mixed, {"loss": mixed.detach().sum(), **sums})
 
-    def term_users(self, batch: LabelledBatch) -> list[Tensor | None]:
+    def term_users(self, batch: LabelledBatch) -> list[tuple[Tensor | None, ContextBatch | None]]:
         """Under whom each term scores the rows: as their users and as the generic one, or with no soft prompt."""
-        return [batch.user_ids, torch.zeros_like(batch.user_ids)] if self.is_personal else [None]
+        if not self.is_personal:
+            return [(None, None)]
+        return [(batch.user_ids, batch.context), (torch.zeros_like(batch.user_ids), None)]
 
 
 def _chosen_nll(logps: ResponseLogps) -> Tensor:

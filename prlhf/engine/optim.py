@@ -58,16 +58,25 @@ class RowLazyAdamW(torch.optim.AdamW):
 
 
 def make_optimizer(
-    parameters: dict[str, nn.Parameter], *, lr: float, user_lr: float, cluster_lr: float, weight_decay: float
+    parameters: dict[str, nn.Parameter],
+    *,
+    lr: float,
+    user_lr: float,
+    cluster_lr: float,
+    encoder_lr: float,
+    weight_decay: float,
 ) -> RowLazyAdamW:
-    """Fused AdamW in groups: the model, what users share, their own soft prompts, their weights of shared ones.
+    """Fused AdamW in groups: the model, what users share, their own soft prompts, their weights of shared ones, an
+    encoder.
 
-    Weight decay applies to the model alone: it would pull users towards a zero prompt, which is not the generic user.
+    Weight decay applies to model and encoder; it would pull soft prompts towards zero, which is not the generic user.
     """
-    groups: dict[str, list[nn.Parameter]] = {"model": [], "users": [], "user_rows": [], "cluster_weights": []}
+    rates = {
+        "model": lr, "users": user_lr, "user_rows": user_lr, "cluster_weights": cluster_lr, "encoder": encoder_lr
+    }
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in parameters.items():
         groups[_group_of(name)].append(parameter)
-    rates = {"model": lr, "users": user_lr, "user_rows": user_lr, "cluster_weights": cluster_lr}
     return RowLazyAdamW(
         [
             {
@@ -75,7 +84,7 @@ def make_optimizer(
                 "name": name,
                 "lr": rates[name],
                 "base_lr": rates[name],
-                "weight_decay": weight_decay if name == "model" else 0.0,
+                "weight_decay": weight_decay if name in ("model", "encoder") else 0.0,
                 "by_row": name in ("user_rows", "cluster_weights"),
             }
             for name, members in groups.items()
@@ -90,6 +99,8 @@ def _group_of(name: str) -> str:
         return "cluster_weights"
     if name in ROW_TABLES:
         return "user_rows"
+    if name.startswith("user_encoder.encoder."):
+        return "encoder"
     return "users" if name.startswith("user_encoder.") else "model"
 
 

@@ -13,7 +13,7 @@ from prlhf.data.tokenize import tokenize_responses
 from prlhf.engine.build import make_autocast, pick_device, tokenize_limits
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.errors import DataError
-from prlhf.evaluation.samples import GENERIC, user_indices
+from prlhf.evaluation.samples import GENERIC, user_contexts, user_indices
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.models.assemble import load_reward_model, resolve_checkpoint
 from prlhf.models.backbone import pad_token_id
@@ -45,11 +45,15 @@ def score_file(checkpoint: Path, path: Path, users: Sequence[str] | None) -> lis
         count = sum(tokenized.dropped.values())
         raise DataError(f"{path}: {count} responses cannot be scored ({tokenized.dropped}); mend or remove their lines")
     sequences = [TokenSequence(row.prompt_ids, row.response_ids) for row in tokenized.rows]
+    prompts = [row.prompt for row in responses]
+    of_line = [[other.response for other in rows.values()] for _, _, rows in lines for _ in rows]
+    asked = [(user, prompt) for user in users for prompt in prompts]
     with make_autocast(config.train.precision, device)():
         values = score_sequences(
             model,
             sequences * len(users),
             None if indices is None else [index for index in indices for _ in sequences],
+            user_contexts(model, asked, of_line * len(users)),
             pad_id=pad_token_id(model.tokenizer),
             microbatch_tokens=config.train.microbatch_tokens,
         ).values

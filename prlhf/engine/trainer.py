@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from prlhf.config import Config, changed_keys, dump_config, load_config
 from prlhf.data.collate import collate_labelled, collate_pairs, collate_responses
+from prlhf.data.context import Context
 from prlhf.data.sampler import (
     cut_microbatches,
     cut_packs,
@@ -158,7 +159,20 @@ def batches_of_step(job: Job, step: int) -> tuple[list[Batch], int]:
     collate: Any = collate_labelled if job.objective.is_unpaired else collate_pairs
     if config.method == "sft":
         collate = collate_responses
-    return [collate([job.rows[i] for i in cut], job.pad_id).to(job.model.device) for cut in cuts], len(indices)
+    batches = [collate([job.rows[i] for i in cut], job.pad_id, contexts_of(job, cut, step)) for cut in cuts]
+    return [batch.to(job.model.device) for batch in batches], len(indices)
+
+
+def contexts_of(job: Job, indices: Sequence[int], step: int) -> list[Context] | None:
+    """What an encoder reads beside training rows at a step, a function of (seed, step, row); None without one."""
+    if job.contexts is None or job.preferences is None:
+        return None
+    places = [job.rows[i].row for i in indices]
+    records = [job.preferences.train[place] for place in places]
+    return [
+        job.contexts.of_row(record, (job.config.seed, step, place), training=True)
+        for record, place in zip(records, places, strict=True)
+    ]
 
 
 def _cut(job: Job, indices: list[int]) -> list[list[int]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prlhf.data.context import Context
 from prlhf.data.records import GENERIC_USER_ID, PreferenceRow
 from prlhf.data.tokenize import TokenizedPair
 from prlhf.evaluation.scoring import score_pair_responses
@@ -47,6 +48,7 @@ def score_pairs(
     model: PersonalizedModel,
     rows: Sequence[PreferenceRow],
     tokenized: Sequence[TokenizedPair],
+    contexts: Sequence[Context] | None = None,
     *,
     pad_id: int,
     microbatch_tokens: int,
@@ -60,6 +62,7 @@ def score_pairs(
         rows: the records; `tokenized[i].row` indexes them (over-long or empty ones were dropped).
         reference_free: a policy's margins are of mean log-probs per token; the log odds of ORPO have the same sign.
         with_reference: also score the reference; needed unless `reference_free`.
+        contexts: of each tokenized row, for an encoder.
         on_batch: called between batches; may raise to stop.
     """
     options: dict[str, Any] = {"pad_id": pad_id, "microbatch_tokens": microbatch_tokens, "on_batch": on_batch}
@@ -71,8 +74,8 @@ def score_pairs(
     options["per_token"] = reference_free
     generic_ids = None if model.user_encoder is None else [GENERIC_USER_ID] * len(tokenized)
     generic = _margins(model, tokenized, generic_ids, **options)
-    unseen = generic_ids in (None, own_ids)
-    individual = generic if unseen else _margins(model, tokenized, own_ids, **options)
+    unseen = contexts is None and generic_ids in (None, own_ids)
+    individual = generic if unseen else _margins(model, tokenized, own_ids, contexts, **options)
     offset = 0.0 if reference is None or reference_free else reference
     return PairMargins([rows[row.row] for row in tokenized], individual - offset, generic - offset, reference)
 
@@ -81,12 +84,13 @@ def _margins(
     model: PersonalizedModel,
     rows: Sequence[TokenizedPair],
     user_ids: Sequence[int] | None,
+    contexts: Sequence[Context] | None = None,
     *,
     per_token: bool = False,
     **options: Any,
 ) -> NDArray[np.float64]:
     """Value of the chosen response minus that of the rejected one, (N,), the same on every rank."""
-    values = score_pair_responses(model, rows, user_ids, **options).double().numpy()
+    values = score_pair_responses(model, rows, user_ids, contexts, **options).double().numpy()
     if per_token:
         values = values / np.array([[len(ids) for ids in row.responses] for row in rows]).reshape(values.shape)
     return values[:, 0] - values[:, 1]

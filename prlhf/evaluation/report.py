@@ -13,6 +13,7 @@ from prlhf.errors import DataError
 COLUMN_WIDTH = 38
 NUM_SIDE_BY_SIDE = 3
 CEILING = "best possible under the labels' noise"
+ENCODER_KINDS = ("text", "history")  # user models that read users, also those never seen
 
 
 def make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -64,11 +65,11 @@ def format_figures(final: Mapping[str, Any]) -> str:
 
 
 def _headline(final: Mapping[str, Any]) -> str:
-    rows = _block_rows(final["accuracy"], "")
+    rows = _block_rows(final["accuracy"], "", final.get("user_model"))
     if not rows:
         return "no evaluation rows"
     apart = (final.get("slices") or {}).get("length_gap_20", {})
-    rows += _block_rows(apart, ", lengths 20% apart")
+    rows += _block_rows(apart, ", lengths 20% apart", final.get("user_model"))
     rows += _baseline_rows(final)
     for label, shares in (
         ("one preference for all", final.get("majority")),
@@ -84,12 +85,18 @@ def _headline(final: Mapping[str, Any]) -> str:
     return make_table(["reward accuracy", "mean", "95% interval", "worst user", "rows", "users"], rows)
 
 
-def _block_rows(blocks: Mapping[str, Any], suffix: str) -> list[list[str]]:
+def _block_rows(blocks: Mapping[str, Any], suffix: str, user_model: str | None) -> list[list[str]]:
     names = {
         "seen": "seen users, own embedding",
         "generic": "the same rows, generic user",
         "unseen": "unseen users, generic user",
     }
+    if user_model in ENCODER_KINDS:
+        names |= {
+            "seen": f"seen users, own {user_model}",
+            "unseen": f"unseen users, own {user_model}",
+            "unseen_generic": "unseen users, generic user",
+        }
     return [
         [
             label + suffix,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from prlhf.data.context import NO_CONTEXT, Context
 from prlhf.data.records import GENERIC_USER_ID, Prompt, prompt_record
 from prlhf.data.tokenize import TokenizedResponse
 from prlhf.evaluation.judges import RuleJudge, repeated_4gram_share
@@ -65,7 +66,12 @@ def sample_answers(
             answers = generate(frozen, texts, None, options=options, **settings)
     else:
         answers = generate(
-            policy, texts, user_indices(policy, [user for user, _ in pairs]), options=options, **settings
+            policy,
+            texts,
+            user_indices(policy, [user for user, _ in pairs]),
+            contexts=user_contexts(policy, pairs),
+            options=options,
+            **settings,
         )
     return score([(user, prompt, answer) for (user, prompt), answer in zip(pairs, answers, strict=True)])
 
@@ -75,6 +81,23 @@ def user_indices(model: PersonalizedModel, users: Sequence[str]) -> list[int] | 
     if model.user_encoder is None or model.users is None:
         return None
     return [GENERIC_USER_ID if user == GENERIC else model.users.index(user) for user in users]
+
+
+def user_contexts(
+    model: PersonalizedModel, pairs: Sequence[tuple[str, Prompt]], responses: Sequence[Sequence[str]] | None = None
+) -> list[Context] | None:
+    """What an encoder reads of each (user, prompt), nothing for "generic"; None for other models.
+
+    Args:
+        responses: to each prompt, if some are to be scored; no context holds one of them, or the prompt.
+    """
+    if model.contexts is None:
+        return None
+    asked = [()] * len(pairs) if responses is None else responses
+    return [
+        NO_CONTEXT if user == GENERIC else model.contexts.of_user(user, prompt, texts)
+        for (user, prompt), texts in zip(pairs, asked, strict=True)
+    ]
 
 
 def score_under_reference(

@@ -18,6 +18,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from prlhf.data.context import Context, collate_contexts
 from prlhf.data.records import Prompt
 from prlhf.data.tokenize import encode_prompt
 from prlhf.errors import DataError
@@ -52,6 +53,7 @@ def generate(
     user_ids: Sequence[int] | None,
     *,
     user_texts: Sequence[str] | None = None,
+    contexts: Sequence[Context] | None = None,
     options: SamplingOptions = SamplingOptions(),
     max_prompt_tokens: int = 512,
     batch_rows: int = 32,
@@ -63,6 +65,8 @@ def generate(
         prompts: N texts or message lists.
         user_ids: N indices, 0 is generic; None: no soft prompt (a policy without users, or the reference).
         user_texts: N texts about the users, which stand before the prompt; none by default.
+        contexts: what an encoder reads about the N users, such as `policy.contexts.of_user(...)` of a known user or
+            `policy.contexts.read_text(...)` of anybody; the generic user by default.
         max_prompt_tokens: longer prompts are cut as for training, see `encode_prompt`.
         batch_rows: prompts answered at the same time.
         on_batch: called between batches; may raise to stop.
@@ -85,6 +89,7 @@ def generate(
             policy,
             [encoded[i] for i in members],
             None if user_ids is None else [user_ids[i] for i in members],
+            None if contexts is None else [contexts[i] for i in members],
             options=options,
             streams=members,
         )
@@ -97,6 +102,7 @@ def generate_ids(
     policy: PersonalizedPolicy,
     prompt_ids: Sequence[Sequence[int]],
     user_ids: Sequence[int] | None,
+    contexts: Sequence[Context] | None = None,
     *,
     options: SamplingOptions,
     streams: Sequence[int] | None = None,
@@ -106,13 +112,14 @@ def generate_ids(
     Args:
         prompt_ids: N prompts, BOS first where the tokenizer has one.
         user_ids: as for `generate`.
+        contexts: likewise.
         streams: N numbers that set apart the draws of rows under one seed; 0 to N - 1 by default.
     Raises: DataError: as `generate`.
     """
     num_rows = len(prompt_ids)
     streams = range(num_rows) if streams is None else streams
     with policy.evaluating(), _own_settings(policy) as stop_ids:
-        embeds, mask = _left_padded(policy, prompt_ids, user_ids)
+        embeds, mask = _left_padded(policy, prompt_ids, user_ids, contexts)
         limit = position_limit(policy.backbone)
         if limit is not None and embeds.shape[1] + options.max_new_tokens > limit:
             raise DataError(
@@ -135,7 +142,10 @@ def generate_ids(
 
 
 def _left_padded(
-    policy: PersonalizedPolicy, prompt_ids: Sequence[Sequence[int]], user_ids: Sequence[int] | None
+    policy: PersonalizedPolicy,
+    prompt_ids: Sequence[Sequence[int]],
+    user_ids: Sequence[int] | None,
+    contexts: Sequence[Context] | None,
 ) -> tuple[Tensor, Tensor]:
     """Embeddings (N, L, D) of [pads] BOS soft prompt text, and their mask (N, L); positions follow the mask."""
     if not all(prompt_ids):
@@ -145,7 +155,8 @@ def _left_padded(
     pad_id = pad_token_id(policy.tokenizer)
     padded = torch.tensor([[*ids, *[pad_id] * pads] for ids, pads in zip(prompt_ids, num_pads, strict=True)])
     users = None if user_ids is None else torch.tensor(list(user_ids), dtype=torch.int64, device=policy.device)
-    embeds = policy.input_embeds(padded.to(policy.device), users)
+    read = None if contexts is None else collate_contexts(contexts, pad_id).to(policy.device)
+    embeds = policy.input_embeds(padded.to(policy.device), users, read)
     # Padded on the right, so that BOS is first and the soft prompt finds its place; then turned around.
     embeds = torch.stack([row.roll(pads, dims=0) for row, pads in zip(embeds, num_pads, strict=True)])
     positions = torch.arange(embeds.shape[1])

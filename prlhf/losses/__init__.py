@@ -6,6 +6,7 @@ from prlhf.losses.logps import response_logps, response_token_counts
 from prlhf.losses.orpo import orpo_loss, orpo_term
 from prlhf.losses.pairwise import PAIRWISE_LOSSES, SMOOTHED_KINDS, PairwiseKind, PreferenceLoss, compute_pairwise_losses
 from prlhf.losses.pdpo import PersonalizedLoss, mix_terms, pdpo_loss
+from prlhf.losses.prior import gaussian_prior
 from prlhf.losses.prm import bradley_terry_loss, prm_loss
 from prlhf.losses.simpo import simpo_loss
 from prlhf.losses.token_logps import linear_token_logps
@@ -20,6 +21,7 @@ __all__ = [
     "bradley_terry_loss",
     "compute_pairwise_losses",
     "dpo_loss",
+    "gaussian_prior",
     "kto_loss",
     "linear_token_logps",
     "mix_terms",

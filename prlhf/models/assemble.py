@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from prlhf.data.context import UserContexts, facts_from_record
 from prlhf.data.records import UserIndex
 from prlhf.errors import CheckpointError
 from prlhf.files import find_damage, read_json
@@ -24,18 +25,27 @@ from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
 from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts
-from prlhf.usermodel import ClusterUserModel, IndividualUserModel, LowRankUserModel, UniformUserModel, UserModel
+from prlhf.usermodel import (
+    ClusterUserModel,
+    HistoryUserModel,
+    IndividualUserModel,
+    LowRankUserModel,
+    TextUserModel,
+    UniformUserModel,
+    UserModel,
+)
 
 TRAINABLE = "trainable.safetensors"
 USERS = "users.safetensors"
 USER_IDS = "users.json"
+CONTEXTS = "contexts.json"
 STATE = "state.json"
 
 REWARD_METHODS = ("rm", "prm")
 HEAD_KEY = "score.weight"  # as in transformers' sequence classifiers
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PersonalizedModel)
-UserKind: TypeAlias = Literal["none", "uniform", "individual", "cluster", "low_rank"]
+UserKind: TypeAlias = Literal["none", "uniform", "individual", "cluster", "low_rank", "text", "history"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,9 @@ class PolicySpec:
     num_user_tokens: int = 10
     num_clusters: int = 6
     user_rank: int = 4
+    encoder_dim: int = 64
+    context_tokens: int = 256
+    history_pairs: int = 8
     user_init: Literal["vocabulary", "uniform"] = "vocabulary"
     user_init_range: float = 0.5
 
@@ -85,7 +98,12 @@ def _make_model(kind: type[Model], spec: PolicySpec, user_ids: Sequence[str], to
     users = UserIndex([] if spec.user_kind == "none" else user_ids)
     user_encoder = _make_user_encoder(spec, num_users=len(users), dim=embedding_dim(backbone))
     tokenizer = own_tokenizer if tokenizer is None else tokenizer
-    model = kind(backbone, tokenizer, user_encoder=user_encoder, users=users)
+    contexts = None
+    if spec.user_kind in ("text", "history"):
+        contexts = UserContexts(
+            spec.user_kind, tokenizer, max_tokens=spec.context_tokens, max_pairs=spec.history_pairs
+        )
+    model = kind(backbone, tokenizer, user_encoder=user_encoder, users=users, contexts=contexts)
     model.base_sha256 = hash_state(backbone)
     packing = set_up_packing_(backbone)
     if isinstance(packing, Packing):
@@ -112,6 +130,9 @@ def _make_user_encoder(spec: PolicySpec, *, num_users: int, dim: int) -> UserMod
         return ClusterUserModel(num_clusters=spec.num_clusters, **sizes)
     if spec.user_kind == "low_rank":
         return LowRankUserModel(rank=spec.user_rank, **sizes)
+    if spec.user_kind in ("text", "history"):
+        encoder = TextUserModel if spec.user_kind == "text" else HistoryUserModel
+        return encoder(hidden_dim=spec.encoder_dim, seed=spec.seed, **sizes)
     return {"uniform": UniformUserModel, "individual": IndividualUserModel}[spec.user_kind](**sizes)
 
 
@@ -280,6 +301,8 @@ def load_model(
     if isinstance(model, PersonalizedPolicy) and spec.lora_rank is None:
         model.reference = Reference(model, frozen_copy=True)
     load_trained_(model, directory, lora=spec.lora_rank is not None)
+    if model.contexts is not None:
+        model.contexts.facts = facts_from_record(read_json(directory / CONTEXTS), str(directory / CONTEXTS))
     return model.eval()
 
 

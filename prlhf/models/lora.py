@@ -119,6 +119,13 @@ def load_lora_state_dict_(backbone: nn.Module, state: Mapping[str, Tensor]) -> N
         parameter.copy_(state[key])
 
 
+@torch.no_grad()
+def scale_adapters_(backbone: nn.Module, factor: float) -> None:
+    """Interpolate a backbone's weights between its base (0) and what the adapters make of it (1)."""
+    for layer in _lora_layers(backbone).values():
+        layer.lora_B.mul_(factor)
+
+
 @contextmanager
 def adapters_disabled(backbone: nn.Module) -> Iterator[None]:
     """Inside, the backbone computes what it did before `add_lora_`, bitwise: the reference of preference training."""

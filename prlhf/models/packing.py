@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.data.collate import PairBatch, ResponseBatch
+from prlhf.data.context import ContextBatch
 from prlhf.models.shared_prefix import ATTENTION, Trees
 
 # Settings under which a query sees only so many positions back: packs with longer paths are left to padded rows.
@@ -26,10 +27,12 @@ class Term(NamedTuple):
 
     Args:
         user_ids: (B,) int64, or None for no soft prompt.
+        context: what an encoder reads about the B users; None for the generic user.
         shared: all rows have the same user or none, so rows with the same prompt may share it.
     """
 
     user_ids: Tensor | None
+    context: ContextBatch | None
     shared: bool
 
 

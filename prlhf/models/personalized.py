@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.data.collate import PairBatch, ResponseBatch
+from prlhf.data.context import ContextBatch, UserContexts
 from prlhf.data.records import GENERIC_USER_ID, UserIndex
 from prlhf.models.backbone import input_embedding
 from prlhf.models.packing import Pack, Packing, Term, make_pack
 from prlhf.models.soft_prompt import SoftPromptAdapter
-from prlhf.usermodel import UserModel
+from prlhf.usermodel import UserContext, UserModel
 
 
 class PersonalizedModel(nn.Module, ABC):
@@ -26,6 +27,7 @@ class PersonalizedModel(nn.Module, ABC):
         tokenizer: the backbone's tokenizer; its BOS decides where the soft prompt goes.
         user_encoder: user ids -> (B, T, D); None for methods without users.
         users: string ids of the user encoder's rows.
+        contexts: what an encoder reads about known users; None for user models that are tables.
     """
 
     def __init__(
@@ -35,12 +37,14 @@ class PersonalizedModel(nn.Module, ABC):
         *,
         user_encoder: UserModel | None = None,
         users: UserIndex | None = None,
+        contexts: UserContexts | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.user_encoder = user_encoder
         self.users = users
+        self.contexts = contexts
         self.soft_prompt = SoftPromptAdapter(
             has_bos=tokenizer.bos_token_id is not None,
             num_user_tokens=0 if user_encoder is None else user_encoder.num_user_tokens,
@@ -58,12 +62,19 @@ class PersonalizedModel(nn.Module, ABC):
         """Device of the backbone's weights."""
         return next(self.backbone.parameters()).device
 
-    def input_embeds(self, input_ids: Tensor, user_ids: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    def input_embeds(
+        self,
+        input_ids: Tensor,
+        user_ids: Tensor | None,
+        context: ContextBatch | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Embeddings of the sequence, with the users' soft prompts in their place.
 
         Args:
             input_ids: (N, L) int64, right-padded.
             user_ids: (B,) int64; None: no soft prompt.
+            context: of the B users, for an encoder; None for the generic user.
             rows: (N,) int64, the place of each sequence's user in `user_ids`; None: N is B.
         Returns: (N, L + T, D), or (N, L, D) without soft prompt.
         Raises: ValueError: user ids for a model without users.
@@ -71,24 +82,27 @@ class PersonalizedModel(nn.Module, ABC):
         token_embeds = input_embedding(self.backbone)(input_ids)
         if user_ids is None:
             return token_embeds
-        soft_prompts = self._encoder()(user_ids)
+        soft_prompts = self._soft_prompts(user_ids, context)
         return self.soft_prompt(token_embeds, soft_prompts if rows is None else soft_prompts[rows])
 
-    def sequence_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sequence_values(
+        self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What the model says of each sequence of a batch: a policy its response's log-prob, a reward model its score.
 
         Args:
             batch: N sequences (2B of a pair batch).
             user_ids: (B,) int64, 0 is the generic user; None: no soft prompt.
+            context: of the B users, for an encoder (`batch.context`); None for the generic user.
         Returns: values (N,) float32, scored response tokens (N,) int64.
         """
-        return self.term_values(batch, [Term(user_ids, shared=user_ids is None)])[0]
+        return self.term_values(batch, [Term(user_ids, context, shared=user_ids is None)])[0]
 
     def term_values(self, batch: PairBatch | ResponseBatch, terms: Sequence[Term]) -> list[tuple[Tensor, Tensor]]:
         """`sequence_values` of a batch read in several ways, in one forward pass where rows can be packed."""
         num_soft = self.soft_prompt.num_user_tokens
         if self.packing is None or not self.packing.fits(batch, num_soft):
-            return [self.padded_values(batch, term.user_ids) for term in terms]
+            return [self.padded_values(batch, term.user_ids, term.context) for term in terms]
         pack = make_pack(batch, terms, num_soft=num_soft, num_bos=self.soft_prompt.num_bos)
         values = self.packed_values(pack, self._packed_embeds(pack, terms))
         return [(values[numbers], tokens) for numbers, tokens in zip(pack.members, pack.tokens, strict=True)]
@@ -96,10 +110,13 @@ class PersonalizedModel(nn.Module, ABC):
     def both_terms(self, batch: PairBatch | ResponseBatch) -> list[tuple[Tensor, Tensor]]:
         """`sequence_values` as each row's user, and as the generic user."""
         generic = torch.full_like(batch.user_ids, GENERIC_USER_ID)
-        return self.term_values(batch, [Term(batch.user_ids, shared=False), Term(generic, shared=True)])
+        individual = Term(batch.user_ids, batch.context, shared=False)
+        return self.term_values(batch, [individual, Term(generic, None, shared=True)])
 
     @abstractmethod
-    def padded_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def padded_values(
+        self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`sequence_values` from rows padded on the right: for any backbone, and the oracle of packed rows."""
 
     @abstractmethod
@@ -112,16 +129,22 @@ class PersonalizedModel(nn.Module, ABC):
 
     def _packed_embeds(self, pack: Pack, terms: Sequence[Term]) -> Tensor:
         parts = [input_embedding(self.backbone)(pack.token_ids)]
-        user_ids = [term.user_ids for term in terms if term.user_ids is not None]
-        if user_ids:
-            soft_prompts = self._encoder()(torch.cat(user_ids))
-            parts.append(soft_prompts.flatten(0, 1).to(parts[0].dtype))
+        for term in terms:
+            if term.user_ids is not None:
+                soft_prompts = self._soft_prompts(term.user_ids, term.context)
+                parts.append(soft_prompts.flatten(0, 1).to(parts[0].dtype))
         return torch.cat(parts)[pack.order][None]
 
-    def _encoder(self) -> UserModel:
+    def _soft_prompts(self, user_ids: Tensor, context: ContextBatch | None) -> Tensor:
+        """(B, T, D)."""
         if self.user_encoder is None:
             raise ValueError("user_ids were given, but this model has no user encoder; pass user_ids=None")
-        return self.user_encoder
+        if context is None:
+            return self.user_encoder(user_ids)
+        # Read, not trained: the backbone's embeddings learn from the text that the model itself reads.
+        with torch.no_grad():
+            embedded = UserContext(input_embedding(self.backbone)(context.input_ids), context.lengths)
+        return self.user_encoder(user_ids, embedded)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that training moves, by name."""

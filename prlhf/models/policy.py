@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
+from prlhf.data.context import ContextBatch
 from prlhf.losses import linear_token_logps, response_logps, response_token_counts
 from prlhf.models.backbone import decoder
 from prlhf.models.lora import adapters_disabled
@@ -41,29 +42,36 @@ class PersonalizedPolicy(PersonalizedModel):
         """Give the policy its reference."""
         self.reference: Reference = Reference(self)
 
-    def sequence_logps(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def sequence_logps(
+        self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Summed log-probs (N,) of the responses of a batch, in nats, and their scored tokens: `sequence_values`."""
-        return self.sequence_values(batch, user_ids)
+        return self.sequence_values(batch, user_ids, context)
 
-    def logps(self, batch: PairBatch, user_ids: Tensor | None) -> ResponseLogps:
+    def logps(
+        self, batch: PairBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> ResponseLogps:
         """Summed log-probs of both responses of each row.
 
         Args:
             batch: B rows.
             user_ids: (B,) int64, 0 is the generic user; None: no soft prompt at all (reference, vanilla methods).
+            context: of the rows' users, for an encoder (`batch.context`); None for the generic user.
         """
-        return _of_pairs(*self.sequence_logps(batch, user_ids))
+        return _of_pairs(*self.sequence_logps(batch, user_ids, context))
 
     def both_logps(self, batch: PairBatch) -> tuple[ResponseLogps, ResponseLogps]:
         """`logps` as each row's user, and as the generic user."""
         individual, generic = self.both_terms(batch)
         return _of_pairs(*individual), _of_pairs(*generic)
 
-    def padded_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def padded_values(
+        self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """No attention mask is needed: under causal attention no real token sees a pad on its right, and pads carry
         no label. Logits exist from the first position on that scores a label in some row.
         """
-        embeds = self.input_embeds(batch.input_ids, user_ids, batch.sequence_row_ids())
+        embeds = self.input_embeds(batch.input_ids, user_ids, context, batch.sequence_row_ids())
         num_soft = embeds.shape[1] - batch.input_ids.shape[1]
         # The soft prompt stands before every label, and a label is scored by the position before it.
         first = max(num_soft + batch.num_unscored - 1, 0)

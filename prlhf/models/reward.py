@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
+from prlhf.data.context import ContextBatch
 from prlhf.losses import response_token_counts
 from prlhf.models.backbone import decoder, input_embedding
 from prlhf.models.packing import Pack, packed_call
@@ -37,27 +38,34 @@ class PersonalizedRewardModel(PersonalizedModel):
         nn.init.zeros_(self.score.weight)
         _freeze_output_layer_(self.backbone)
 
-    def sequence_scores(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> Tensor:
+    def sequence_scores(
+        self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> Tensor:
         """Score of each sequence of a batch: (N,) float32; see `sequence_values`."""
-        return self.sequence_values(batch, user_ids)[0]
+        return self.sequence_values(batch, user_ids, context)[0]
 
-    def scores(self, batch: PairBatch, user_ids: Tensor | None) -> ResponseScores:
+    def scores(
+        self, batch: PairBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> ResponseScores:
         """Scores of both responses of each row.
 
         Args:
             batch: B rows.
             user_ids: (B,) int64, 0 is the generic user; None: no soft prompt at all (the vanilla reward model).
+            context: of the rows' users, for an encoder (`batch.context`); None for the generic user.
         """
-        return ResponseScores(*self.sequence_scores(batch, user_ids).chunk(2))
+        return ResponseScores(*self.sequence_scores(batch, user_ids, context).chunk(2))
 
     def both_scores(self, batch: PairBatch) -> tuple[ResponseScores, ResponseScores]:
         """`scores` as each row's user, and as the generic user."""
         (individual, _), (generic, _) = self.both_terms(batch)
         return ResponseScores(*individual.chunk(2)), ResponseScores(*generic.chunk(2))
 
-    def padded_values(self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def padded_values(
+        self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A score is read at the last labelled position of its sequence."""
-        embeds = self.input_embeds(batch.input_ids, user_ids, batch.sequence_row_ids())
+        embeds = self.input_embeds(batch.input_ids, user_ids, context, batch.sequence_row_ids())
         num_soft = embeds.shape[1] - batch.input_ids.shape[1]
         hidden = decoder(self.backbone)(inputs_embeds=embeds, use_cache=False).last_hidden_state
         labelled = (batch.labels != IGNORE_INDEX).long()

@@ -12,13 +12,23 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class UserContext:
-    """What an encoder reads about each row's user, beside the id.
+    """What an encoder reads about each row's user: texts, as the embeddings of their tokens.
+
+    A text encoder reads one text a row, the user's own; a history encoder 2K, the chosen and the rejected response of
+    each of K pairs in turn. A text of length 0 is none.
 
     Args:
-        text_ids: (B, L) int64 token ids of the users' own texts.
+        embeds: (B, S, L, D) the backbone's embeddings of S texts a row, padded on the right.
+        lengths: (B, S) int64 tokens of each text.
     """
 
-    text_ids: Tensor
+    embeds: Tensor
+    lengths: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, S, L), true on tokens and false on pads."""
+        return torch.arange(self.embeds.shape[2], device=self.lengths.device) < self.lengths[:, :, None]
 
 
 class UserModel(nn.Module, ABC):
@@ -45,12 +55,10 @@ class UserModel(nn.Module, ABC):
 
         Args:
             user_ids: (B,) int64, 0 (generic) to num_users.
-            context: for encoders; a model that is a table refuses one.
+            context: B rows for encoders, None for the generic user; a model that is a table refuses one.
         Returns: (B, T, D), differentiable.
         Raises: ValueError: ids of another shape, type or range, or a context given to a table.
         """
-        if context is not None:
-            raise ValueError(f"{type(self).__name__} is a table of users and reads no context; pass None")
         if user_ids.dim() != 1 or user_ids.dtype != torch.int64:
             raise ValueError(f"user_ids: got {tuple(user_ids.shape)} {user_ids.dtype}, expected (B,) torch.int64")
         # One wait for the device; an id out of range would otherwise read another row or kill the device's context.
@@ -58,11 +66,26 @@ class UserModel(nn.Module, ABC):
         if outside.any():
             wrong = sorted(set(user_ids[outside].tolist()))
             raise ValueError(f"user_ids: got {wrong}, expected 0 (generic) to {self.num_users}; use 0 for a new user")
-        return self.soft_prompts(user_ids)
+        soft_prompts = self.soft_prompts(user_ids)
+        return soft_prompts if context is None else soft_prompts + self.read(context)
 
     @abstractmethod
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
-        """Soft prompts (B, T, D) of ids (B,) already known to be in range."""
+        """Soft prompts (B, T, D) of ids (B,) already known to be in range, without a context."""
+
+    def deviations(self, user_ids: Tensor) -> Tensor:
+        """What sets each user apart from the generic one and a prior may shrink: (B, ...), 0 for id 0.
+
+        Raises: ValueError: this model has no such parameters.
+        """
+        raise ValueError(f"{type(self).__name__} has no parameters of one user alone; set no prior")
+
+    def read(self, context: UserContext) -> Tensor:
+        """What a context adds to the soft prompts, (B, T, D).
+
+        Raises: ValueError: this model is a table.
+        """
+        raise ValueError(f"{type(self).__name__} is a table of users and reads no context; pass None")
 
     @property
     def num_initial(self) -> int:

@@ -23,10 +23,14 @@ class IndividualUserModel(UserModel):
 
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
         """e_0 for id 0, e_0 + o_i for id i."""
+        return self.generic + self.deviations(user_ids)
+
+    def deviations(self, user_ids: Tensor) -> Tensor:
+        """o_i, (B, T, D)."""
         # Id 0 borrows row 0 and drops it again: a batch of generic rows alone still leaves a gradient, of zeros.
         offsets = gather_rows(self.offsets, (user_ids - 1).clamp(min=0))
         known = (user_ids > 0)[:, None, None]
-        return self.generic + offsets.where(known, torch.zeros_like(offsets))
+        return offsets.where(known, torch.zeros_like(offsets))
 
     @torch.no_grad()
     def init_(self, initial: Tensor) -> None:

@@ -31,9 +31,12 @@ class LowRankUserModel(UserModel):
 
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
         """e_0 for id 0, e_0 + B w_i for id i."""
+        return self.generic + torch.einsum("br,rtd->btd", self.deviations(user_ids), self.basis)
+
+    def deviations(self, user_ids: Tensor) -> Tensor:
+        """w_i, (B, R)."""
         # Id 0 borrows row 0 and drops it again: a batch of generic rows alone still leaves a gradient, of zeros.
-        weights = gather_rows(self.weights, (user_ids - 1).clamp(min=0)) * (user_ids > 0)[:, None]
-        return self.generic + torch.einsum("br,rtd->btd", weights, self.basis)
+        return gather_rows(self.weights, (user_ids - 1).clamp(min=0)) * (user_ids > 0)[:, None]
 
     @torch.no_grad()
     def init_(self, initial: Tensor) -> None:

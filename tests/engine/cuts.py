@@ -33,6 +33,8 @@ _METHODS: dict[str, dict[str, Any]] = {
     "sft": {"method": "sft"},
     "rm": {"method": "rm"},
     "prm_individual": {"method": "prm", "user__kind": "individual"},
+    "pdpo_history": {"method": "pdpo", "user__kind": "history"},
+    "prm_low_rank_prior": {"method": "prm", "user__kind": "low_rank", "user__rank": 2, "user__prior": 0.5},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     f"{name}{suffix}": {**settings, **model}

@@ -51,7 +51,8 @@ def test_the_keys_are_the_documented_ones(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny.config(train__max_steps=1), tmp_path / "run")
     final = load_final(tmp_path / "run")
     assert set(final) == DOCUMENTED | FURTHER
-    assert set(final["accuracy"]) == {"seen", "unseen", "generic", "reference_logps"}
+    assert set(final["accuracy"]) == {"seen", "unseen", "unseen_generic", "generic", "reference_logps"}
+    assert final["accuracy"]["unseen_generic"] == final["accuracy"]["unseen"], "a table knows nothing of the unseen"
     for name in ("seen", "unseen", "generic"):
         assert set(final["accuracy"][name]) == BLOCK, name
     assert set(final["throughput"]) == THROUGHPUT

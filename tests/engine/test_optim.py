@@ -26,13 +26,19 @@ def groups_of(optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float,
         ("individual", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1), "user_rows": (0.02, 0.0, 1)}),
         ("uniform", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1)}),
         ("cluster", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1), "cluster_weights": (0.03, 0.0, 1)}),
+        ("history", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1), "encoder": (0.04, 0.2, 4)}),
     ],
 )
-def test_each_part_has_its_rate_and_only_the_model_decays(
+def test_each_part_has_its_rate_and_only_model_and_encoder_decay(
     tiny: Tiny, kind: str, expected: dict[str, tuple[float, float, int]]
 ) -> None:
     config = tiny.config(
-        user__kind=kind, train__lr=0.01, train__user_lr=0.02, train__cluster_lr=0.03, train__weight_decay=0.2
+        user__kind=kind,
+        train__lr=0.01,
+        train__user_lr=0.02,
+        train__cluster_lr=0.03,
+        train__encoder_lr=0.04,
+        train__weight_decay=0.2,
     )
     job = build_job(config)
     assert groups_of(job.optimizer) == expected
@@ -100,11 +106,14 @@ def test_a_late_users_first_step_is_as_long_as_an_early_ones() -> None:
 
 
 def test_schedule_moves_every_group_by_the_same_factor() -> None:
-    parameters = {name: nn.Parameter(torch.zeros(1)) for name in ("w", "user_encoder.generic", "user_encoder.weights")}
-    optimizer = make_optimizer(parameters, lr=1.0, user_lr=10.0, cluster_lr=100.0, weight_decay=0.0)
+    names = ("w", "user_encoder.generic", "user_encoder.weights", "user_encoder.encoder.heads")
+    parameters = {name: nn.Parameter(torch.zeros(1)) for name in names}
+    optimizer = make_optimizer(
+        parameters, lr=1.0, user_lr=10.0, cluster_lr=100.0, encoder_lr=1000.0, weight_decay=0.0
+    )
     for factor in (0.5, 0.25):  # of the base rate, not of the last one
         set_learning_rate_(optimizer, factor)
-        assert [group["lr"] for group in optimizer.param_groups] == [factor, 10 * factor, 100 * factor]
+        assert [group["lr"] for group in optimizer.param_groups] == [factor * rate for rate in (1, 10, 100, 1000)]
 
 
 def test_warmup_cosine_follows_the_formula() -> None:

@@ -131,7 +131,7 @@ def test_the_generic_tree_of_a_pair_that_several_users_judged_is_computed_once()
     other = make_row(policy, 2, user_id=1, lengths=(5, 2, 7))
     batch = make_batch(policy, [pair, opposed, other])
     generic = torch.zeros_like(batch.user_ids)
-    terms = [Term(batch.user_ids, shared=False), Term(generic, shared=True)]
+    terms = [Term(batch.user_ids, None, shared=False), Term(generic, None, shared=True)]
     pack = make_pack(batch, terms, num_soft=NUM_USER_TOKENS, num_bos=1)
     # BOS and soft prompt come on top of the prompts of 4, 4, 5 and of 4, 5 tokens.
     assert pack.trees.prefixes == (8, 8, 9, 8, 9)
@@ -144,7 +144,7 @@ def test_the_generic_tree_of_a_pair_that_several_users_judged_is_computed_once()
 def test_a_pack_holds_each_token_once_and_no_pad():
     policy = _packed_policy()
     rows = make_rows(policy)
-    pack = make_pack(make_batch(policy, rows), [Term(None, shared=True)], num_soft=NUM_USER_TOKENS, num_bos=1)
+    pack = make_pack(make_batch(policy, rows), [Term(None, None, shared=True)], num_soft=NUM_USER_TOKENS, num_bos=1)
     expected = [token for row in rows for token in row.prompt_ids + row.chosen_ids + row.rejected_ids]
     assert pack.token_ids.tolist() == expected and len(pack.order) == len(expected)
 

@@ -7,14 +7,16 @@ import torch
 
 from prlhf.usermodel import (
     ClusterUserModel,
+    HistoryUserModel,
     IndividualUserModel,
     LowRankUserModel,
+    TextUserModel,
     UniformUserModel,
     UserContext,
     UserModel,
 )
 
-U, T, D, K, R = 5, 3, 4, 2, 2
+U, T, D, K, R, H = 5, 3, 4, 2, 2, 6
 
 
 def _initial(*shape: int) -> torch.Tensor:
@@ -30,19 +32,29 @@ def _make(kind: str) -> UserModel:
         model = LowRankUserModel(num_users=U, num_user_tokens=T, dim=D, rank=R)
         model.init_(_initial(1 + R, T, D))
         return model
-    model = {"uniform": UniformUserModel, "individual": IndividualUserModel}[kind](
-        num_users=U, num_user_tokens=T, dim=D
-    )
+    sizes = {"num_users": U, "num_user_tokens": T, "dim": D}
+    if kind in ("text", "history"):
+        model = {"text": TextUserModel, "history": HistoryUserModel}[kind](hidden_dim=H, **sizes)
+    else:
+        model = {"uniform": UniformUserModel, "individual": IndividualUserModel}[kind](**sizes)
     model.init_(_initial(T, D))
     return model
 
 
-KINDS = ["uniform", "individual", "cluster", "low_rank"]
+TABLES = ["uniform", "individual", "cluster", "low_rank"]
+KINDS = [*TABLES, "text", "history"]
 LAYOUTS = {
     "uniform": {"generic": (T, D)},
     "individual": {"generic": (T, D), "offsets": (U, T, D)},
     "cluster": {"basis": (K, T, D), "weights": (U + 1, K)},
     "low_rank": {"generic": (T, D), "basis": (R, T, D), "weights": (U, R)},
+    "text": {
+        "generic": (T, D), "encoder.queries": (T, D), "encoder.layer": (H, D), "encoder.heads": (T, H, D),
+    },
+    "history": {
+        "generic": (T, D), "encoder.tokens": (H, D), "encoder.votes": (H, H + 1), "encoder.layer": (H, H),
+        "encoder.heads": (T, H, D),
+    },
 }
 
 
@@ -86,14 +98,14 @@ def test_ids_of_another_shape_or_type_are_refused(kind, user_ids):
         _make(kind)(user_ids)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TABLES)
 def test_tables_refuse_a_context(kind):
-    context = UserContext(text_ids=torch.zeros(1, 2, dtype=torch.int64))
+    context = UserContext(embeds=torch.zeros(1, 1, 2, D), lengths=torch.full((1, 1), 2))
     with pytest.raises(ValueError, match="reads no context"):
         _make(kind)(torch.tensor([1]), context)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TABLES)
 def test_every_parameter_has_a_gradient_in_a_batch_of_generic_rows(kind):
     """A parameter without one would stall data-parallel training on the rank that drew no known user."""
     model = _make(kind)

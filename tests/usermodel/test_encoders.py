@@ -1,0 +1,145 @@
+"""Text and history encoders: e_0 + g(what is known of the user)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from prlhf.usermodel import EncoderUserModel, HistoryUserModel, TextUserModel, UserContext
+
+T, D, H = 2, 4, 5
+KINDS = {"text": TextUserModel, "history": HistoryUserModel}
+IDS = torch.tensor([0, 1, 2])
+
+
+def _model(kind: str) -> EncoderUserModel:
+    """Trained: every parameter off its start."""
+    model = KINDS[kind](num_users=2, num_user_tokens=T, dim=D, hidden_dim=H, seed=3).double()
+    model.init_(torch.ones(T, D, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def _context(lengths: list[list[int]], *, pad_to: int = 6) -> UserContext:
+    """Random texts; what stands behind their ends is random too."""
+    generator = torch.Generator().manual_seed(2)
+    shape = (len(lengths), len(lengths[0]), pad_to, D)
+    return UserContext(torch.randn(shape, generator=generator, dtype=torch.float64), torch.tensor(lengths))
+
+
+CONTEXTS = {"text": [[3], [6], [0]], "history": [[3, 6, 2, 1], [5, 2, 0, 0], [0, 0, 0, 0]]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_context_or_with_an_empty_one_a_row_is_e_0_bitwise(kind):
+    model = _model(kind)
+    soft_prompts = model(IDS, _context(CONTEXTS[kind]))
+    assert torch.equal(soft_prompts[2], model.generic)
+    assert torch.equal(model(IDS), model.generic.expand(3, T, D))
+    assert ((soft_prompts[:2] - model.generic).abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_user_starts_as_the_generic_one_whatever_is_read(kind):
+    model = KINDS[kind](num_users=2, num_user_tokens=T, dim=D, hidden_dim=H).double()
+    model.init_(torch.ones(T, D, dtype=torch.float64))
+    soft_prompts = model(IDS, _context(CONTEXTS[kind]))
+    assert torch.equal(soft_prompts, torch.ones(3, T, D, dtype=torch.float64))
+    soft_prompts.sum().backward()
+    assert model.encoder["heads"].grad.abs().max() > 0, "the start must be one that training leaves"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_id_says_nothing(kind):
+    model, context = _model(kind), _context(CONTEXTS[kind])
+    assert torch.equal(model(torch.tensor([0, 0, 0]), context), model(torch.tensor([2, 1, 1]), context))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pads_change_nothing(kind):
+    model, context = _model(kind), _context(CONTEXTS[kind])
+    wide = UserContext(F.pad(context.embeds, (0, 0, 0, 3), value=7.0), context.lengths)
+    torch.testing.assert_close(model(IDS, wide), model(IDS, context), rtol=0, atol=1e-14)
+    noise = UserContext(context.embeds.where(context.mask[..., None], torch.tensor(9.0).double()), context.lengths)
+    assert torch.equal(model(IDS, noise), model(IDS, context))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_size_of_the_embeddings_changes_nothing(kind):
+    """Gemma's are some fifty times as large as others'."""
+    model, context = _model(kind), _context(CONTEXTS[kind])
+    scaled = UserContext(50 * context.embeds, context.lengths)
+    torch.testing.assert_close(model(IDS, scaled), model(IDS, context), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_right_and_those_of_an_empty_context_are_zero(kind):
+    model, context = _model(kind), _context(CONTEXTS[kind])
+    names = [name for name, _ in model.named_parameters()]
+
+    def soft_prompts(*parameters):
+        return torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (IDS, context))
+
+    assert torch.autograd.gradcheck(soft_prompts, tuple(model.parameters()))
+    empty = UserContext(context.embeds, torch.zeros_like(context.lengths))
+    model(IDS, empty).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert name == "generic" or not parameter.grad.any(), name
+
+
+def test_a_text_is_pooled_by_a_query_for_each_soft_token():
+    """One loop over tokens in place of the batched sums."""
+    model, context = _model("text"), _context([[3]])
+    parameters = model.encoder
+    tokens = [x / x.square().mean().sqrt() for x in context.embeds[0, 0, :3]]
+    for t in range(T):
+        weights = [math.exp((parameters["queries"][t] @ x).item()) for x in tokens]
+        pooled = sum(weight * x for weight, x in zip(weights, tokens, strict=True)) / sum(weights)
+        expected = model.generic[t] + F.gelu(parameters["layer"] @ pooled) @ parameters["heads"][t]
+        torch.testing.assert_close(model(torch.tensor([1]), context)[0, t], expected)
+
+
+def test_a_history_is_the_mean_vote_of_its_pairs():
+    """One loop over pairs; two votes are divided by three."""
+    model, context = _model("history"), _context([[3, 6, 2, 1]])
+    parameters = model.encoder
+
+    def response(place: int) -> torch.Tensor:
+        length = int(context.lengths[0, place])
+        tokens = [x / x.square().mean().sqrt() for x in context.embeds[0, place, :length]]
+        mean = sum(F.gelu(parameters["tokens"] @ x) for x in tokens) / length
+        return torch.cat([mean, torch.tensor([math.log(length)], dtype=torch.float64)])
+
+    votes = [torch.tanh(parameters["votes"] @ (response(i) - response(i + 1))) for i in (0, 2)]
+    hidden = F.gelu(parameters["layer"] @ (votes[0] + votes[1]) / 3)
+    for t in range(T):
+        expected = model.generic[t] + hidden @ parameters["heads"][t]
+        torch.testing.assert_close(model(torch.tensor([1]), context)[0, t], expected)
+
+
+def test_the_order_of_the_pairs_means_nothing_and_that_within_a_pair_does():
+    model, context = _model("history"), _context([[3, 6, 2, 1, 5, 4]])
+    one = torch.tensor([1])
+
+    def ordered(places: list[int]) -> torch.Tensor:
+        return model(one, UserContext(context.embeds[:, places], context.lengths[:, places]))
+
+    # 1e-6: a sum in another order.
+    assert (ordered([4, 5, 0, 1, 2, 3]) - ordered([0, 1, 2, 3, 4, 5])).abs().max() < 1e-6
+    assert (ordered([1, 0, 3, 2, 5, 4]) - ordered([0, 1, 2, 3, 4, 5])).abs().max() > 1e-2
+
+
+def test_draws_of_the_layers_depend_on_the_seed_alone():
+    def layers(seed: int) -> torch.Tensor:
+        model = TextUserModel(num_users=1, num_user_tokens=T, dim=D, seed=seed)
+        model.init_(torch.zeros(T, D))
+        return model.encoder["queries"].detach()
+
+    assert torch.equal(layers(0), layers(0)) and not torch.equal(layers(0), layers(1))
