@@ -44,6 +44,7 @@ from prlhf.engine.run_dir import RunDir
 from prlhf.engine.step import Batch, StepResult, train_step_
 from prlhf.errors import Preempted, PrlhfError, RunDirError
 from prlhf.evaluation.report import load_final
+from prlhf.models.lora import scale_adapters_
 
 logger = logging.getLogger(__name__)
 
@@ -122,6 +123,8 @@ def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[
         metrics.add(progress, result, lr=job.optimizer.param_groups[0]["lr"])
         bar.update()
         last, stopping = progress.step == job.max_steps, all_reduce_any(stop.is_set)
+        if last and config.model.lora is not None:
+            scale_adapters_(job.model.backbone, config.model.lora.final_scale)
         saving = last or stopping or _is_due(progress.step, config.checkpoint.every_steps)
         if saving or metrics.is_due(progress.step):
             bar.set_postfix(metrics.flush(progress.step, job.max_steps, to_terminal=not bar.disable))

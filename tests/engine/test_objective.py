@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from prlhf.data.collate import collate_labelled, collate_pairs, collate_responses
-from prlhf.data.context import collate_contexts
 from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair, TokenizedResponse
 from prlhf.engine.objective import LOGP_FIGURES, REWARD_FIGURES, Objective, ReferenceLogps
 from prlhf.models.policy import ResponseLogps
@@ -33,11 +31,9 @@ class HandMadePolicy:
 
     def __init__(self) -> None:
         self.asked: list[Any] = []
-        self.contexts: list[Any] = []
 
-    def logps(self, batch: Any, user_ids: Tensor | None, context: Any = None) -> ResponseLogps:
+    def logps(self, batch: Any, user_ids: Tensor | None) -> ResponseLogps:
         self.asked.append(None if user_ids is None else user_ids.tolist())
-        self.contexts.append(context)
         personal = user_ids is None or bool(user_ids.any())
         return ResponseLogps(*(INDIVIDUAL if personal else GENERIC), torch.tensor([2, 2]), torch.tensor([1, 1]))
 
@@ -71,13 +67,6 @@ def test_pdpo_weighs_the_rows_user_and_the_generic_one() -> None:
     expected = [0.75 * softplus(-1.0) + 0.25 * softplus(0.0), 0.75 * softplus(0.5) + 0.25 * softplus(-1.5)]
     assert losses == pytest.approx(expected)
     assert asked == [[1, 2], [0, 0]]
-
-
-def test_the_generic_term_gets_no_context() -> None:
-    policy = HandMadePolicy()
-    batch = replace(PAIRS, context=collate_contexts([((1,),), ((2, 3),)], pad_id=0))
-    Objective("pdpo")(policy, batch, REFERENCE)  # type: ignore[arg-type]
-    assert policy.contexts == [batch.context, None]
 
 
 def test_ipo_is_the_squared_distance_to_half_of_one_over_beta() -> None:
@@ -157,7 +146,7 @@ def test_orpo_is_the_nll_per_token_and_the_odds_ratio() -> None:
 class HandMadeUnpairedPolicy:
     """Log-probs of a liked and a disliked response, as the rows' users and as the generic one."""
 
-    def sequence_logps(self, batch: Any, user_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def sequence_logps(self, batch: Any, user_ids: Tensor, context: None) -> tuple[Tensor, Tensor]:
         assert batch.num_rows == 2
         logps = torch.tensor([-3.0, -7.0] if user_ids.any() else [-5.0, -4.0])
         return logps, torch.tensor([2, 2])

@@ -55,7 +55,7 @@ def test_full_fine_tuning_without_users_is_one_group_of_the_whole_backbone(tiny:
 def _table_optimizer(num_users: int = 3) -> tuple[nn.Parameter, torch.optim.Optimizer]:
     table = nn.Parameter(torch.arange(num_users * 4.0).view(num_users, 2, 2))
     parameters = {"user_encoder.offsets": table, "w": nn.Parameter(torch.ones(2))}
-    optimizer = make_optimizer(parameters, lr=0.1, user_lr=0.1, cluster_lr=0.1, weight_decay=0.0)
+    optimizer = make_optimizer(parameters, lr=0.1, user_lr=0.1, cluster_lr=0.1, encoder_lr=0.1, weight_decay=0.0)
     return table, optimizer
 
 

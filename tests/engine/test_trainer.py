@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from prlhf.engine import trainer
 from prlhf.engine.objective import ReferenceLogps
@@ -37,7 +39,7 @@ from tests.tiny_run import (
 NUM_STEPS = 8  # 17 rows in batches of 4: an epoch is 5 steps, the last of one row
 RESUME_STEPS = {"mid_epoch_1": 2, "epoch_boundary": 5, "epoch_2": 7}
 RESUMED: dict[str, dict[str, Any]] = {
-    "lora_with_dropout": {"model__lora__dropout": 0.2},
+    "lora_with_dropout": {"model__lora__dropout": 0.2, "model__lora__final_scale": 0.5},
     "full": {"model__lora": None},
 }
 
@@ -182,6 +184,18 @@ def test_loss_falls_in_either_precision(tiny: Tiny, tmp_path: Path, precision: s
     train(config, tmp_path / "run")
     losses = [line["loss"] for line in read_metrics(tmp_path / "run")]
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_only_the_last_step_scales_the_adapters(tiny: Tiny, tmp_path: Path) -> None:
+    for name, scale in (("whole", 1.0), ("scaled", 0.5)):
+        train(tiny.config(model__lora__final_scale=scale, checkpoint__every_steps=2), tmp_path / name)
+    for step, factor in ((2, 1.0), (4, 0.5)):
+        whole, scaled = (
+            load_file(tmp_path / name / "checkpoints" / f"step-{step:08d}" / "trainable.safetensors")
+            for name in ("whole", "scaled")
+        )
+        for key, tensor in whole.items():
+            assert torch.equal(scaled[key], tensor * (factor if "lora_B" in key else 1.0)), key
 
 
 def test_resuming_a_finished_run_changes_nothing(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -67,8 +67,8 @@ def test_the_users_text_is_in_the_prompts_of_training_and_evaluation_or_in_neith
     assert job.preferences is not None
     scored: list[TokenizedPair] = []
     score_pairs = final.score_pairs
-    monkeypatch.setattr(final, "score_pairs", lambda model, rows, tokenized, **options: (
-        scored.extend(tokenized), score_pairs(model, rows, tokenized, **options))[1])
+    monkeypatch.setattr(final, "score_pairs", lambda model, rows, tokenized, *args, **options: (
+        scored.extend(tokenized), score_pairs(model, rows, tokenized, *args, **options))[1])
     evaluator = final.Evaluator(job.config, job.model, pad_id=0, autocast=job.autocast, on_batch=lambda: None)
     evaluator.accuracy([], job.preferences.eval_unseen)
     for user_id, text, rows in ((1, "I sail.", job.rows), (0, "I knit.", scored)):

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from prlhf.errors import CheckpointError, ModelError
-from prlhf.models.lora import LoraLinear, adapters_disabled, add_lora_, load_lora_state_dict_, lora_state_dict
+from prlhf.models.lora import (
+    LoraLinear,
+    adapters_disabled,
+    add_lora_,
+    load_lora_state_dict_,
+    lora_state_dict,
+    scale_adapters_,
+)
 from tests.families import FAMILIES, VOCAB_SIZE, tiny_model
 
 RANK, ALPHA = 4, 6.0
@@ -94,6 +101,17 @@ def test_only_adapters_are_trained_and_every_one_of_them(family):
     for name, parameter in model.named_parameters():
         if name in trained:
             assert parameter.grad is not None and (parameter.grad != 0).any(), name
+
+
+def test_adapters_scaled_to_a_half_lie_half_way_between_base_and_trained_weights():
+    model, base = _trained("llama"), tiny_model("llama")
+    layer = "model.layers.0.mlp.up_proj"
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(3))
+    trained, start = model.get_submodule(layer)(x), base.get_submodule(layer)(x)
+    scale_adapters_(model, 0.5)
+    torch.testing.assert_close(model.get_submodule(layer)(x), (trained + start) / 2)
+    scale_adapters_(model, 0.0)
+    assert torch.equal(_logits(model), _logits(base))
 
 
 def test_adapters_come_back_after_an_error_and_after_nesting():
