@@ -16,7 +16,7 @@ from prlhf.errors import DataError
 BUILTIN_PSOUPS = "builtin:psoups"
 BUILTIN_TEXT = "builtin:text"
 BUILTIN_TEXT_SECOND = "builtin:text2"
-MAX_NEUTRAL_TEXTS = 200
+MAX_NEUTRAL_TEXTS = 96
 logger = logging.getLogger(__name__)
 
 
@@ -89,7 +89,7 @@ def load_response_rows(
 
 
 def load_neutral_texts(path: str | None, data: PreferenceData) -> list[ResponseRow]:
-    """Texts that no user judged, at most 200; none for data that is not built in when no path is given.
+    """Texts that no user judged, at most 96; none for data that is not built in when no path is given.
 
     For built-in data: dev rows of "builtin:text", in all styles, which the built-in model's first stage did not read.
 
