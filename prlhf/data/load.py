@@ -21,7 +21,7 @@ BUILTIN_TEXT = "builtin:text"
 BUILTIN_TEXT_SECOND = "builtin:text2"
 BUILTIN_TLDR_TEXT = "builtin:tldr_text"
 BUILTIN_RESPONSES = (BUILTIN_TEXT, BUILTIN_TEXT_SECOND, BUILTIN_TLDR_TEXT)
-MAX_NEUTRAL_TEXTS = 200
+MAX_NEUTRAL_TEXTS = 96
 logger = logging.getLogger(__name__)
 
 
@@ -125,7 +125,7 @@ def load_response_rows(
 
 
 def load_neutral_texts(path: str | None, data: PreferenceData) -> list[ResponseRow]:
-    """Texts that no user judged, at most 200; none for data that is not built in when no path is given.
+    """Texts that no user judged, at most 96; none for data that is not built in when no path is given.
 
     For built-in data: dev rows of "builtin:text", in all styles, which the built-in model's first stage did not read.
 

@@ -123,8 +123,8 @@ def _headline_figures(run: RunFiles) -> dict[str, str]:
         "answers on the user's side": _number(sum(sides) / len(sides) if sides else None),
         "NLL/token of answers": _number(text.get("policy", {}).get("nll_per_token")),
         "NLL/token of neutral text: reference": _number(neutral.get("reference")),
-        "generic user": _number(neutral.get("generic")),
-        "mean of users": _number(neutral.get("users_mean")),
+        "the same, generic user": _number(neutral.get("generic")),
+        "the same, mean of users": _number(neutral.get("users_mean")),
         "training loop, s": f"{final['seconds']:.0f}" if final else "-",
     }
 

@@ -80,7 +80,8 @@ def test_a_run_is_shown_with_its_figures_users_answers_and_configuration(tmp_pat
         ["accuracy, seen users", "0.750"], ["95% interval", "0.650 to 0.850"], ["worst user", "0.250"],
         ["the same rows, generic user", "0.500"], ["accuracy, unseen users", "0.625"],
         ["answers on the user's side", "0.700"], ["NLL/token of answers", "1.500"],
-        ["NLL/token of neutral text: reference", "1.000"], ["generic user", "1.250"], ["mean of users", "1.500"],
+        ["NLL/token of neutral text: reference", "1.000"], ["the same, generic user", "1.250"],
+        ["the same, mean of users", "1.500"],
         ["bob", "0.250", "0.046 to 0.699", "0.750", "4"],
     ):  # fmt: skip
         assert row in page.rows, row

@@ -86,5 +86,5 @@ def test_built_in_neutral_text_is_held_out_pretraining_text_with_no_judged_promp
     made = {("builtin:text", 0): (train, dev)}
     monkeypatch.setattr(load, "load_response_rows", lambda source, *, seed, **_: made[source, seed])
     texts = load_neutral_texts(None, data_of("builtin:psoups", (dev[0].prompt, "x"), ("y", dev[1].response)))
-    assert texts == dev[2:202]
+    assert texts == dev[2:98]
     assert not {text.prompt for text in texts} & {row.prompt for row in train}
