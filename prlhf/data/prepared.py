@@ -77,7 +77,8 @@ def write_prepared(
     replaced = directory.with_name(f".{directory.name}.old-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        users = None if data.declared_users is None else _declared(data, data.declared_users)
+        is_declared = data.declared_users is not None or data.preferences
+        users = _declared(data) if is_declared else None
         for name in SPLITS:
             rows = getattr(data, name) if users is None else _without_texts(getattr(data, name), users)
             write_jsonl(temporary / f"{name}.jsonl", map(record_from_row, rows))
@@ -206,10 +207,10 @@ def _check_users(located: Mapping[str, Located], users: Mapping[str, dict[str, s
                                 "move the row, or mend users.json")
 
 
-def _declared(data: PreferenceData | LabelledData, seen: Sequence[str]) -> dict[str, dict[str, str]]:
-    """users.json, with the texts of users whose rows all carry the same one."""
+def _declared(data: PreferenceData | LabelledData) -> dict[str, dict[str, str]]:
+    """users.json, with the wishes of users, and the texts of those whose rows all carry the same one."""
     texts = data.user_texts()
-    splits = dict.fromkeys(seen, "seen") | dict.fromkeys((row.user_id for row in data.eval_unseen), "unseen")
+    splits = dict.fromkeys(data.user_ids(), "seen") | dict.fromkeys((row.user_id for row in data.eval_unseen), "unseen")
     users: dict[str, dict[str, str]] = {}
     for user_id, split in splits.items():
         users[user_id] = {"user_text": texts[user_id], "split": split} if user_id in texts else {"split": split}

@@ -29,7 +29,7 @@ def personalization_tax(
         texts: at least one.
         on_batch: called between batches; may raise to stop.
     Returns: `nll_per_token` under the `reference`, as the `generic` user (without users: as the policy is), and the
-        mean over `num_users` users, at most 20 that stand evenly among the known ones (None without users).
+        mean over `num_users` users, at most 20 that stand evenly among the known ones (None without users, and for encoders).
     """
     sequences = [TokenSequence(text.prompt_ids, text.response_ids) for text in texts]
     options: dict[str, Any] = {"pad_id": pad_id, "microbatch_tokens": microbatch_tokens, "on_batch": on_batch}
@@ -41,7 +41,9 @@ def personalization_tax(
 
     with policy.reference.active() as frozen:
         reference = nll(frozen, None)
-    num_known = len(policy.users) if policy.user_encoder is not None and policy.users is not None else 0
+    # What an encoder makes of users is not a matter of their ids.
+    is_table = policy.user_encoder is not None and policy.contexts is None
+    num_known = len(policy.users) if is_table and policy.users is not None else 0
     users = np.linspace(1, num_known, min(num_known, MAX_USERS)).round().astype(int).tolist()
     return {
         "num_texts": len(texts),
