@@ -29,7 +29,8 @@ def personalization_tax(
         texts: at least one.
         on_batch: called between batches; may raise to stop.
     Returns: `nll_per_token` under the `reference`, as the `generic` user (without users: as the policy is), and the
-        mean over `num_users` users, at most 20 that stand evenly among the known ones (None without users, and for encoders).
+        mean over `num_users` users, at most 20 that stand evenly among the known ones (None without users and for
+        encoders).
     """
     sequences = [TokenSequence(text.prompt_ids, text.response_ids) for text in texts]
     options: dict[str, Any] = {"pad_id": pad_id, "microbatch_tokens": microbatch_tokens, "on_batch": on_batch}
