@@ -73,12 +73,12 @@ def test_prm_serves_users_it_never_saw(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lora", [{"rank": 2, "alpha": 4}, None], ids=["lora", "full"])
+@pytest.mark.parametrize(("lora", "lr"), [({"rank": 2, "alpha": 4}, 1e-2), (None, 3e-3)], ids=["lora", "full"])
 def test_pdpo_serves_users_it_never_saw(
-    world: Tiny, bare_prompts: None, tmp_path: Path, kind: str, lora: dict[str, int] | None
+    world: Tiny, bare_prompts: None, tmp_path: Path, kind: str, lora: dict[str, int] | None, lr: float
 ) -> None:
     settings = {"user__kind": kind, "train__max_steps": 60, "train__batch_rows": 16, "model__lora": lora}
-    serve_the_unseen(world, tmp_path / "run", **settings)
+    serve_the_unseen(world, tmp_path / "run", train__lr=lr, **settings)
 
 
 def saved(job: Job, run_dir: Path) -> Path:
