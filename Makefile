@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: setup train compare sweep report eval base test test-slow lint check clean help
+.PHONY: setup train compare sweep report eval base test test-slow bench lint check clean help
 
 PYTHON ?= python3
 NPROC ?= 1
@@ -61,6 +61,9 @@ test: $(INSTALLED) ## Run the tests, without the slow ones [ARGS="-k name"]
 
 test-slow: $(INSTALLED) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(INSTALLED) ## Time training steps: packed rows, padded rows, the authors' way [ARGS="--repeats 5 --shapes tldr"]
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

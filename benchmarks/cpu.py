@@ -1,0 +1,253 @@
+"""Training steps on this machine: packed rows against padded rows and the authors' way, on the same rows.
+
+    python benchmarks/cpu.py --repeats 5 --out benchmarks.json
+
+All ways run in one process, in random order within a repeat, so that a noisy machine disturbs them alike; what is
+reported is the median over repeats of the ratio of rows/s. A step is 4 rows, both terms of P-DPO, and one fused AdamW
+step. The authors' way repeats every row for the generic user, pads all 8 rows x 2 responses to one length, computes
+logits at every position, and runs the reference in each step; the other two know the reference's log-probs beforehand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from prlhf.data.collate import PairBatch, collate_pairs
+from prlhf.data.records import UserIndex
+from prlhf.data.tokenize import TokenizedPair
+from prlhf.engine.objective import Objective, ReferenceLogps
+from prlhf.engine.reference import LiveReference
+from prlhf.evaluation.report import make_table
+from prlhf.losses import pdpo_loss, response_logps
+from prlhf.models.lora import add_lora_
+from prlhf.models.packing import Packing, set_up_packing_
+from prlhf.models.policy import PersonalizedPolicy, Reference
+from prlhf.usermodel import IndividualUserModel
+
+# Mean tokens of prompt, chosen and rejected response; lengths are log-normal.
+SHAPES = {"tldr": (348, 35, 35), "psoups": (61, 198, 198), "prism": (245, 142, 143)}
+SPREAD = 0.35
+BATCH_ROWS = 4
+NUM_USERS = 16
+NUM_USER_TOKENS = 10
+BETA, ALPHA = 0.1, 0.5
+PROBES = ((2048, 2048, 2048), (4000, 384, 1024), (4000, 1024, 384), (800, 384, 32000))
+
+
+@dataclass
+class Bench:
+    """A policy in training."""
+
+    policy: PersonalizedPolicy
+    packing: Packing
+    optimizer: torch.optim.Optimizer
+
+
+def make_bench(*, lora: bool) -> Bench:
+    """A Llama of 26.4 M parameters with random weights."""
+    config = LlamaConfig(
+        hidden_size=384, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=6, intermediate_size=1024,
+        vocab_size=32000, tie_word_embeddings=True, max_position_embeddings=2048,
+    )
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    packing = set_up_packing_(backbone)
+    assert isinstance(packing, Packing), packing
+    if lora:
+        add_lora_(backbone, rank=8, alpha=16.0, dropout=0.0, targets="auto")
+    encoder = IndividualUserModel(num_users=NUM_USERS, num_user_tokens=NUM_USER_TOKENS, dim=384)
+    encoder.init_(0.02 * torch.randn(NUM_USER_TOKENS, 384))
+    users = UserIndex([f"u{i}" for i in range(NUM_USERS)])
+    policy = PersonalizedPolicy(backbone, SimpleNamespace(bos_token_id=1), user_encoder=encoder, users=users)
+    policy.reference = Reference(policy, frozen_copy=not lora)
+    return Bench(policy, packing, torch.optim.AdamW(policy.trainable().values(), lr=1e-5, fused=True))
+
+
+def draw_rows(shape: str, rng: np.random.Generator) -> list[TokenizedPair]:
+    """One step's rows."""
+
+    def tokens(mean: int) -> tuple[int, ...]:
+        length = max(2, round(rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD)))
+        return tuple(rng.integers(3, 32000, length).tolist())
+
+    prompt, chosen, rejected = SHAPES[shape]
+    return [
+        TokenizedPair(row, int(rng.integers(1, NUM_USERS + 1)), (1, *tokens(prompt)), tokens(chosen), tokens(rejected))
+        for row in range(BATCH_ROWS)
+    ]
+
+
+def prlhf_losses(bench: Bench, batch: PairBatch, reference: ReferenceLogps, *, packed: bool) -> Tensor:
+    """P-DPO as prlhf computes it."""
+    bench.policy.packing = bench.packing if packed else None
+    return Objective("pdpo", beta=BETA, alpha=ALPHA)(bench.policy, batch, reference).losses
+
+
+def authors_losses(bench: Bench, batch: PairBatch, _: ReferenceLogps) -> Tensor:
+    """P-DPO as the authors' code computes it."""
+    policy = bench.policy
+    user_ids = torch.cat([batch.user_ids, torch.zeros_like(batch.user_ids)])
+    chosen, rejected = batch.input_ids.chunk(2)
+    chosen_labels, rejected_labels = batch.labels.chunk(2)
+    ids = torch.cat([chosen, chosen, rejected, rejected])
+    labels = torch.cat([chosen_labels, chosen_labels, rejected_labels, rejected_labels])
+
+    def logps(model: torch.nn.Module, users: Tensor | None) -> Tensor:
+        embeds = policy.input_embeds(ids, users, None, None if users is None else torch.arange(len(users)).repeat(2))
+        num_soft = embeds.shape[1] - ids.shape[1]
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
+        logits = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
+        return response_logps(logits, F.pad(labels, (num_soft, 0), value=-100))
+
+    with policy.reference.active() as frozen:
+        reference = logps(frozen.backbone, None).chunk(4)
+    individual_chosen, generic_chosen, individual_rejected, generic_rejected = logps(
+        policy.backbone, user_ids
+    ).chunk(4)
+    return pdpo_loss(
+        individual_chosen,
+        individual_rejected,
+        generic_chosen,
+        generic_rejected,
+        reference[0],
+        reference[2],
+        alpha=ALPHA,
+        beta=BETA,
+    ).losses
+
+
+WAYS: dict[str, Callable[[Bench, PairBatch, ReferenceLogps], Tensor]] = {
+    "packed": lambda bench, batch, reference: prlhf_losses(bench, batch, reference, packed=True),
+    "padded": lambda bench, batch, reference: prlhf_losses(bench, batch, reference, packed=False),
+    "authors": authors_losses,
+}
+
+
+def time_step(bench: Bench, way: str, batch: PairBatch, reference: ReferenceLogps) -> float:
+    """Seconds of one optimizer step."""
+    began = time.perf_counter()
+    WAYS[way](bench, batch, reference).mean().backward()
+    bench.optimizer.step()
+    bench.optimizer.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
+
+
+def useful_flops(rows: Sequence[TokenizedPair], *, lora: bool) -> float:
+    """Matmul FLOPs that a step needs: two trees a row; with LoRA frozen weights get no gradient."""
+    width, layers, ff, vocab = 384, 8, 1024, 32000
+    linear = layers * (4 * width * width + 3 * width * ff)
+    total = 0.0
+    for row in rows:
+        prompt = len(row.prompt_ids) + NUM_USER_TOKENS
+        chosen, rejected = len(row.chosen_ids), len(row.rejected_ids)
+        pairs = prompt**2 / 2 + sum(prompt * n + n**2 / 2 for n in (chosen, rejected))
+        dense = 2 * (prompt + chosen + rejected) * linear + 2 * width * vocab * (chosen + rejected)
+        total += 2 * ((2 if lora else 3) * dense + 3 * 4 * width * layers * pairs)
+    return total
+
+
+def matmul_rate() -> float:
+    """FLOP/s of float32 matmuls on this machine now: the median over four shapes, three tries each."""
+    rates = []
+    for m, k, n in PROBES:
+        a, b = torch.randn(m, k), torch.randn(k, n)
+        for _ in range(3):
+            began = time.perf_counter()
+            a @ b
+            rates.append(2 * m * k * n / (time.perf_counter() - began))
+    return statistics.median(rates)
+
+
+def measure(shape: str, *, lora: bool, repeats: int, seed: int) -> dict[str, Any]:
+    """Medians over repeats; every way sees the same rows."""
+    bench, rng = make_bench(lora=lora), np.random.default_rng(seed)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    shares = []
+    for repeat in range(repeats + 1):
+        rows = draw_rows(shape, rng)
+        batch, rate = collate_pairs(rows, pad_id=0), matmul_rate()
+        reference = LiveReference(bench.policy.reference)(batch)
+        for way in rng.permutation(list(WAYS)).tolist():
+            taken = time_step(bench, way, batch, reference)
+            if repeat:  # the first one warms up
+                seconds[way].append(taken)
+        if repeat:
+            shares.append(useful_flops(rows, lora=lora) / seconds["packed"][-1] / rate)
+    ratios = {
+        way: statistics.median(other / own for other, own in zip(seconds[way], seconds["packed"], strict=True))
+        for way in WAYS
+    }
+    return {
+        "shape": shape,
+        "train": "LoRA" if lora else "full",
+        "rows_per_s": {way: BATCH_ROWS / statistics.median(values) for way, values in seconds.items()},
+        "packed_over": {way: ratio for way, ratio in ratios.items() if way != "packed"},
+        "share_of_matmul_rate": statistics.median(shares),
+    }
+
+
+def format_results(results: Sequence[dict[str, Any]]) -> str:
+    """One row a shape and kind of training."""
+    header = ["shape", "trained", "packed, rows/s", "over padded", "over the authors' way", "share of the matmul rate"]
+    rows = [
+        [
+            result["shape"],
+            result["train"],
+            f"{result['rows_per_s']['packed']:.2f}",
+            f"{result['packed_over']['padded']:.2f}",
+            f"{result['packed_over']['authors']:.2f}",
+            f"{result['share_of_matmul_rate']:.2f}",
+        ]
+        for result in results
+    ]
+    return make_table(header, rows)
+
+
+def main() -> None:
+    """Measure every shape with LoRA and in full; print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    results = [
+        measure(shape, lora=lora, repeats=args.repeats, seed=args.seed)
+        for lora in (True, False)
+        for shape in args.shapes
+    ]
+    setting = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": args.threads,
+        "repeats": args.repeats,
+        "seed": args.seed,
+    }
+    if args.out:
+        args.out.write_text(json.dumps({"setting": setting, "results": results}, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(format_results(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()
