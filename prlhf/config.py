@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from prlhf.config_checks import find_problems
 from prlhf.errors import ConfigError
-from prlhf.schema import Problem, join_keys, read_dataclass, show
+from prlhf.schema import Problem, join_keys, read_dataclass
 from prlhf.yaml_strict import MAX_BYTES, dump_yaml, load_value, load_yaml
 
 
@@ -180,87 +180,6 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
-_Limit = tuple[Callable[[Any], bool], str]
-_ABOVE_ZERO: _Limit = (lambda value: value > 0, "a number above 0")
-_NOT_NEGATIVE: _Limit = (lambda value: value >= 0, "0 or more")
-_AT_LEAST_ONE: _Limit = (lambda value: value >= 1, "1 or more")
-_SHARE: _Limit = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
-_SHARE_BELOW_ONE: _Limit = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
-PERSONAL_METHODS = ("pdpo", "prm")
-USER_KINDS = ("uniform", "individual", "cluster", "low_rank", "text", "history")
-SHRUNK_KINDS = ("individual", "low_rank")
-REFERENCE_FREE_KINDS = ("simpo", "orpo")
-# Settings of the loss that some kinds alone read; with any other kind they keep their defaults.
-_KINDS_OF_SETTING = {
-    "label_smoothing": ("sigmoid", "robust"),
-    "sft_weight": ("sigmoid", "robust", "ipo", "hinge", "simpo"),
-    "gamma": ("simpo",),
-    "desirable_weight": ("kto",),
-    "undesirable_weight": ("kto",),
-}
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-NAME_RULE = "up to 100 letters, digits, '.', '_' or '-', no '.' first"
-
-_LIMITS: dict[str, _Limit] = {
-    "name": (lambda value: bool(NAME.fullmatch(value)), NAME_RULE),
-    "seed": _NOT_NEGATIVE,
-    "data.source": (bool, "builtin:NAME, a directory or a .jsonl file"),
-    "data.max_tokens": _AT_LEAST_ONE,
-    "data.max_prompt_tokens": _AT_LEAST_ONE,
-    "data.eval_prompts": _SHARE_BELOW_ONE,
-    "data.unseen_users": _SHARE_BELOW_ONE,
-    "data.seed": _NOT_NEGATIVE,
-    "model.backbone": (bool, "builtin:tiny, a path or a hub id"),
-    "model.lora.rank": _AT_LEAST_ONE,
-    "model.lora.alpha": _ABOVE_ZERO,
-    "model.lora.dropout": _SHARE_BELOW_ONE,
-    "model.lora.final_scale": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
-    "model.lora.targets": (lambda value: len(value) > 0 and all(value), "auto or a list of layer names"),
-    "user.num_user_tokens": _AT_LEAST_ONE,
-    "user.num_clusters": (lambda value: value >= 2, "2 or more"),
-    "user.rank": _AT_LEAST_ONE,
-    "user.encoder_dim": _AT_LEAST_ONE,
-    "user.context_tokens": _AT_LEAST_ONE,
-    "user.history_pairs": _AT_LEAST_ONE,
-    "user.prior": _NOT_NEGATIVE,
-    "user.init_range": _ABOVE_ZERO,
-    "loss.beta": _ABOVE_ZERO,
-    "loss.alpha": _SHARE,
-    "loss.label_smoothing": (lambda value: 0 <= value < 0.5, "a number from 0 to below 0.5"),
-    "loss.sft_weight": _NOT_NEGATIVE,
-    "loss.gamma": _NOT_NEGATIVE,
-    "loss.desirable_weight": _NOT_NEGATIVE,
-    "loss.undesirable_weight": _NOT_NEGATIVE,
-    "train.epochs": _AT_LEAST_ONE,
-    "train.max_steps": _AT_LEAST_ONE,
-    "train.batch_rows": _AT_LEAST_ONE,
-    "train.microbatch_tokens": _AT_LEAST_ONE,
-    "train.lr": _NOT_NEGATIVE,
-    "train.user_lr": _NOT_NEGATIVE,
-    "train.cluster_lr": _NOT_NEGATIVE,
-    "train.encoder_lr": _NOT_NEGATIVE,
-    "train.weight_decay": _NOT_NEGATIVE,
-    "train.warmup_steps": _NOT_NEGATIVE,
-    "train.max_grad_norm": _ABOVE_ZERO,
-    "train.max_skipped_steps": _AT_LEAST_ONE,
-    "train.num_threads": _AT_LEAST_ONE,
-    "train.log_every": _AT_LEAST_ONE,
-    "eval.every_steps": _NOT_NEGATIVE,
-    "eval.rows": _AT_LEAST_ONE,
-    "eval.generate": _NOT_NEGATIVE,
-    "eval.few_shot": _NOT_NEGATIVE,
-    "eval.temperature": _NOT_NEGATIVE,
-    "eval.top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
-    "eval.max_new_tokens": _AT_LEAST_ONE,
-    "eval.batch_rows": _AT_LEAST_ONE,
-    "eval.repetition_penalty": _ABOVE_ZERO,
-    "eval.no_repeat_ngram_size": _NOT_NEGATIVE,
-    "eval.neutral": (bool, "a file of texts"),
-    "checkpoint.every_steps": _NOT_NEGATIVE,
-    "checkpoint.keep_last": _AT_LEAST_ONE,
-}
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file with `key.path=value` overrides on top.
 
@@ -357,7 +276,7 @@ def _apply_override_(data: dict[str, Any], override: str, origins: dict[str, str
 def _build_config(data: Any, where: str, origins: dict[str, str], problems: list[Problem]) -> Config:
     config = read_dataclass(Config, data, problems)
     broken = {key for problem in problems for key in problem.keys}
-    for problem in (*_out_of_range(config), *_contradictions(config)):
+    for problem in find_problems(config):
         if not any(key == bad or key.startswith(f"{bad}.") for key in problem.keys for bad in broken):
             problems.append(problem)
     if problems:
@@ -371,47 +290,3 @@ def _message(problem: Problem, where: str, origins: dict[str, str]) -> str:
         return f"{key}: {problem.text}"
     origin = next((origin for name, origin in origins.items() if key == name or key.startswith(f"{name}.")), where)
     return f"{origin}: {key}: {problem.text}" if key else f"{origin}: {problem.text}"
-
-
-def _out_of_range(config: Config) -> Iterator[Problem]:
-    for key, (holds, expected) in _LIMITS.items():
-        value: Any = config
-        for name in key.split("."):
-            value = getattr(value, name, None)
-        if value is not None and not holds(value):
-            yield Problem((key,), f"got {show(value)}, expected {expected}")
-
-
-def _contradictions(config: Config) -> Iterator[Problem]:
-    """Settings that are fine alone and not together; the first key is the one to change."""
-    data, user, loss = config.data, config.user, config.loss
-    if config.method in PERSONAL_METHODS and user.kind == "none":
-        text = f"got none with method {config.method}, expected one of {', '.join(USER_KINDS)}"
-        yield Problem(("user.kind", "method"), text)
-    if config.method not in PERSONAL_METHODS and user.kind != "none":
-        yield Problem(("user.kind", "method"), f"got {user.kind} with method {config.method}, expected none")
-    if config.method not in ("dpo", "pdpo") and loss.kind != "sigmoid":
-        yield Problem(("loss.kind", "method"), f"got {loss.kind} with method {config.method}, expected sigmoid")
-    if user.prior > 0 and user.kind not in SHRUNK_KINDS:
-        text = f"got {user.prior} with user.kind {user.kind}, expected 0: only {' and '.join(SHRUNK_KINDS)} have one"
-        yield Problem(("user.prior", "user.kind"), text)
-    if config.method in ("rm", "prm"):
-        for key, value, expected in (
-            ("loss.label_smoothing", loss.label_smoothing, 0),
-            ("loss.sft_weight", loss.sft_weight, 0),
-        ):
-            if value != expected:
-                yield Problem((key, "method"), f"got {value} with method {config.method}, expected {expected}")
-    for name, kinds in _KINDS_OF_SETTING.items():
-        value, default = getattr(loss, name), getattr(LossConfig, name)
-        if loss.kind not in kinds and value != default:
-            text = f"got {value} with loss.kind {loss.kind}, expected {default}: it is for {', '.join(kinds)}"
-            yield Problem((f"loss.{name}", "loss.kind"), text)
-    if loss.kind in REFERENCE_FREE_KINDS and config.model.reference == "live":
-        text = f"got live with loss.kind {loss.kind}, which compares with no reference, expected precomputed"
-        yield Problem(("model.reference", "loss.kind"), text)
-    user_tokens = 0 if user.kind == "none" else user.num_user_tokens
-    if data.max_prompt_tokens + user_tokens >= data.max_tokens:
-        text = f"got {data.max_prompt_tokens} and {user_tokens} user tokens, expected room for a response in "
-        text += f"data.max_tokens, which is {data.max_tokens}"
-        yield Problem(("data.max_prompt_tokens", "data.max_tokens", "user.num_user_tokens", "user.kind"), text)

@@ -15,6 +15,7 @@ LAYERS = [
     {"models"},
     {"generation"},
     {"evaluation"},
+    {"config_checks"},
     {"config"},
     {"engine"},
     {"cli"},

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
-from prlhf.config import REFERENCE_FREE_KINDS, Config
+from prlhf.config import Config
+from prlhf.config_checks import REFERENCE_FREE_KINDS
 from prlhf.data.context import UserContexts, collect_facts
 from prlhf.data.labelled import labelled_from_pairs, preferences_from_labelled, tokenize_labelled
 from prlhf.data.load import load_judged_data, load_neutral_texts, load_preference_data, load_response_rows

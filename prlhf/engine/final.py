@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from prlhf.config import REFERENCE_FREE_KINDS, Config
+from prlhf.config import Config
+from prlhf.config_checks import REFERENCE_FREE_KINDS
 from prlhf.data.check import count_overlap, length_only_accuracy, majority_share
 from prlhf.data.context import UserContexts, collect_facts
 from prlhf.data.load import BUILTIN_TEXT

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prlhf.config import NAME, NAME_RULE, Config, load_config, read_text
+from prlhf.config import Config, load_config, read_text
+from prlhf.config_checks import NAME, NAME_RULE
 from prlhf.engine.child import SignalRelay, is_finished, train_in_child
 from prlhf.errors import ConfigError
 from prlhf.evaluation.report import load_final

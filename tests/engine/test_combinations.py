@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from prlhf.config import PERSONAL_METHODS, USER_KINDS
+from prlhf.config_checks import PERSONAL_METHODS, USER_KINDS
 from prlhf.data.collate import PairBatch
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import Progress
