@@ -315,6 +315,18 @@ def learn_users_(model: PersonalizedModel, preferences: PreferenceData, *, seed:
     return contexts
 
 
+def evaluation_contexts(model: Model, data: PreferenceData) -> UserContexts | None:
+    """What an encoder reads in an evaluation on `data`; None for other user models.
+
+    Of a user's pairs it reads training rows if there are any, else the user's other evaluation rows, else what the
+    checkpoint keeps.
+    """
+    if model.contexts is None:
+        return None
+    facts = {**model.contexts.facts, **collect_facts(data.eval_unseen), **collect_facts(data.train)}
+    return model.contexts.with_facts(facts)
+
+
 def hash_rows(rows: Sequence[Any]) -> str:
     """sha256 of the tokenized training rows and of all else that is read, so that a resume has the same data."""
     digest = hashlib.sha256()

@@ -11,10 +11,10 @@ from typing import Any
 
 from prlhf.config import Config, config_from_dict, config_to_dict, load_config
 from prlhf.data.records import Message, PreferenceData
-from prlhf.engine.build import load_job_data, load_job_neutral, make_autocast, pick_device
+from prlhf.engine.build import evaluation_contexts, load_job_data, load_job_neutral, make_autocast, pick_device
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.engine.child import SignalRelay, is_finished, train_in_child
-from prlhf.engine.final import Evaluator, evaluate_preferences, evaluation_contexts
+from prlhf.engine.final import Evaluator, evaluate_preferences
 from prlhf.errors import ConfigError, DataError
 from prlhf.evaluation.judges import RuleJudge
 from prlhf.evaluation.report import format_comparison, format_tax_comparison, load_final, make_table

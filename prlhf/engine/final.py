@@ -15,12 +15,12 @@ import torch
 from prlhf.config import Config
 from prlhf.config_checks import REFERENCE_FREE_KINDS
 from prlhf.data.check import count_overlap, length_only_accuracy, majority_share
-from prlhf.data.context import UserContexts, collect_facts
+from prlhf.data.context import UserContexts
 from prlhf.data.load import BUILTIN_TEXT
-from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow
-from prlhf.data.tokenize import Tokenized, TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
+from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow, UserIndex
+from prlhf.data.tokenize import TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
 from prlhf.distributed import all_reduce_sum, barrier, is_main, rank, world_size
-from prlhf.engine.build import Autocast, Job, restore_reference_, tokenize_limits
+from prlhf.engine.build import Autocast, Job, evaluation_contexts, restore_reference_, tokenize_limits
 from prlhf.engine.checkpoint import Progress
 from prlhf.engine.step import Model
 from prlhf.evaluation.accuracy import PairMargins, has_length_gap, score_pairs, summarize_accuracy, user_accuracies
@@ -130,15 +130,13 @@ class Evaluator:
 
     def _margins(self, rows: Sequence[PreferenceRow], *, known_users: bool = True) -> PairMargins:
         users = self.model.users if known_users and self.model.user_encoder is not None else None
-        tokenized: Tokenized[TokenizedPair] = tokenize_pairs(
-            rows, self.model.tokenizer, users, **tokenize_limits(self.config, self.model)
-        )
+        tokenized = self._tokenize_pairs(rows, users)
         contexts = None
         if self.contexts is not None:
-            places = [row.row for row in tokenized.rows]
+            places = [row.row for row in tokenized]
             contexts = [self.contexts.of_row(rows[place], (self.config.seed, place)) for place in places]
         with self.autocast():
-            return score_pairs(self.model, rows, tokenized.rows, contexts, **self.pairs, **self.scoring)
+            return score_pairs(self.model, rows, tokenized, contexts, **self.pairs, **self.scoring)
 
     def baselines(self, data: PreferenceData) -> dict[str, Any]:
         """What needs no training: rules on form, and for a policy its reference told what the user likes."""
@@ -150,8 +148,7 @@ class Evaluator:
         if not isinstance(self.model, PersonalizedPolicy):
             return blocks
         rows, max_tokens = data.eval_seen, self.config.data.max_tokens
-        limits = {**tokenize_limits(self.config, self.model), "num_user_tokens": 0}
-        tokenized = tokenize_pairs(rows, self.model.tokenizer, None, **limits).rows
+        tokenized = self._tokenize_pairs(rows, None, num_user_tokens=0)
         positions = position_limit(self.model.backbone) or FEW_SHOT_TOKENS
         longest = max(max_tokens, min(FEW_SHOT_TOKENS, positions))
         options = {"max_tokens": longest, "seed": self.config.seed, **self.scoring}
@@ -169,12 +166,10 @@ class Evaluator:
         overlap = {name: {"rows": len(rows), **count_overlap(data.train, rows)} for name, rows in parts.items()}
         if self.model.user_encoder is None or self.contexts is not None:  # to an encoder, ids say nothing
             return {"overlap": overlap, "shuffled_users": None}
-        tokenized = tokenize_pairs(
-            data.eval_seen, self.model.tokenizer, self.model.users, **tokenize_limits(self.config, self.model)
-        )
+        tokenized = self._tokenize_pairs(data.eval_seen, self.model.users)
         options = {"seed": self.config.seed, **self.pairs, **self.scoring}
         with self.autocast():
-            shuffled = shuffled_users(self.model, data.eval_seen, tokenized.rows, **options)
+            shuffled = shuffled_users(self.model, data.eval_seen, tokenized, **options)
         expected = expected_when_shuffled(data.train, data.eval_seen)
         return {"overlap": overlap, "shuffled_users": shuffled and {**shuffled, "expected": expected}}
 
@@ -268,21 +263,15 @@ class Evaluator:
             [ResponseRow(prompt, answer, texts.get(user, "")) for user, prompt, answer in answers]
         )
 
+    def _tokenize_pairs(
+        self, rows: Sequence[PreferenceRow], users: UserIndex | None, **changes: int
+    ) -> list[TokenizedPair]:
+        limits = {**tokenize_limits(self.config, self.model), **changes}
+        return tokenize_pairs(rows, self.model.tokenizer, users, **limits).rows
+
     def _tokenize_responses(self, rows: Sequence[ResponseRow]) -> list[TokenizedResponse]:
         limits = tokenize_limits(self.config, self.model)
         return tokenize_responses(rows, self.model.tokenizer, **limits).rows
-
-
-def evaluation_contexts(model: Model, data: PreferenceData) -> UserContexts | None:
-    """What an encoder reads in an evaluation on `data`; None for other user models.
-
-    Of a user's pairs it reads training rows if there are any, else the user's other evaluation rows, else what the
-    checkpoint keeps.
-    """
-    if model.contexts is None:
-        return None
-    facts = {**model.contexts.facts, **collect_facts(data.eval_unseen), **collect_facts(data.train)}
-    return model.contexts.with_facts(facts)
 
 
 def evaluate_preferences(

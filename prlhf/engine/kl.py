@@ -34,7 +34,7 @@ def estimate_kl(
         prompt.
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.2.
     """
-    sums = torch.zeros(2 if objective.is_personal else 1, device=policy.device)
+    sums = torch.zeros(objective.num_terms, device=policy.device)
     for batch in batches:
         reference = reference_of(batch)
         assert reference is not None

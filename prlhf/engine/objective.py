@@ -93,7 +93,7 @@ class Objective:
     @property
     def num_terms(self) -> int:
         """Ways in which a batch is read in one pass."""
-        return 2 if self.method in ("pdpo", "prm") else 1
+        return 2 if self.is_personal else 1
 
     def figure_names(self) -> list[str]:
         """Names of the sums that every micro-batch returns, the same on a rank that has no row."""

@@ -48,6 +48,7 @@ def prompted_baseline(
     """
 
     def front(row: PreferenceRow, _: TokenizedPair) -> PreferenceRow | None:
+        """The row behind its user's sentence."""
         sentence = preferences.get(row.user_id)
         return put_in_front(row, sentence, separator=" ") if sentence else None
 
@@ -78,6 +79,7 @@ def few_shot_baseline(
     used: list[int] = []
 
     def front(row: PreferenceRow, ids: TokenizedPair) -> PreferenceRow | None:
+        """The row behind as many examples as fit."""
         others = [pair for pair in examples.get(row.user_id, ()) if prompt_group(pair) != prompt_group(row)]
         for count in range(len(others), 0, -1):
             shown = put_in_front(row, show_pairs(others[:count]), separator="\n")

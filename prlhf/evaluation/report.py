@@ -98,16 +98,20 @@ def _block_rows(blocks: Mapping[str, Any], suffix: str, user_model: str | None) 
             "unseen_generic": "unseen users, generic user",
         }
     return [
-        [
-            label + suffix,
-            _share(block["mean"]),
-            _interval(block),
-            _share(block["worst_user"]),
-            str(block["num_rows"]),
-            str(block["num_users"]),
-        ]
+        _block_row(label + suffix, block)
         for name, label in names.items()
         if (block := blocks.get(name)) is not None
+    ]
+
+
+def _block_row(label: str, block: Mapping[str, Any]) -> list[str]:
+    return [
+        label,
+        _share(block["mean"]),
+        _interval(block),
+        _share(block["worst_user"]),
+        str(block["num_rows"]),
+        str(block["num_users"]),
     ]
 
 
@@ -122,18 +126,7 @@ def _baseline_rows(final: Mapping[str, Any]) -> list[list[str]]:
         if value is not None
     ]
     names = {"prompted": "reference told the user's wish", "few_shot": "reference shown the user's pairs"}
-    rows += [
-        [
-            label,
-            _share(block["mean"]),
-            _interval(block),
-            _share(block["worst_user"]),
-            str(block["num_rows"]),
-            str(block["num_users"]),
-        ]
-        for name, label in names.items()
-        if (block := baselines.get(name))
-    ]
+    rows += [_block_row(label, block) for name, label in names.items() if (block := baselines.get(name))]
     shuffled = final.get("leaks", {}).get("shuffled_users")
     if shuffled:
         label = f"users drawn anew (expected {_share(shuffled['expected']['mean'])})"

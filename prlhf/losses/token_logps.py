@@ -42,13 +42,14 @@ class _TokenLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, rows: int
     ) -> Tensor:
+        """Log-probs, and their slopes in the hidden states where those are wanted."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logps = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        slopes = torch.empty_like(hidden) if any(ctx.needs_input_grad[:3]) else None
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             probs, logps[chunk] = _softmax(hidden[chunk], weight, bias, targets[chunk])
-            if slopes is not None and ctx.needs_input_grad[0]:
+            if slopes is not None:
                 slopes[chunk] = weight[targets[chunk]] - probs.to(hidden.dtype) @ weight
         ctx.save_for_backward(hidden, weight, bias, targets, slopes)
         ctx.rows = rows
@@ -56,9 +57,10 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the hidden states, and of a trained layer from logits made again."""
         hidden, weight, bias, targets, slopes = ctx.saved_tensors
         (grad,) = grads
-        d_hidden = slopes * grad.to(slopes.dtype)[:, None] if ctx.needs_input_grad[0] else None
+        d_hidden = None if slopes is None else slopes * grad.to(slopes.dtype)[:, None]
         if not any(ctx.needs_input_grad[1:3]):
             return d_hidden, None, None, None, None
         d_weight = torch.zeros_like(weight, dtype=grad.dtype)

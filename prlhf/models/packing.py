@@ -204,9 +204,8 @@ class Packing:
         return self.window is None or num_soft + max(map(sum, batch.lengths)) <= self.window
 
 
-def packed_call(backbone: nn.Module, embeds: Tensor, pack: Pack | Trees, position_ids: Tensor, **options: Any) -> Any:
+def packed_call(backbone: nn.Module, embeds: Tensor, trees: Trees, position_ids: Tensor, **options: Any) -> Any:
     """The backbone, or its decoder, over a pack's embeddings (1, N, D)."""
-    trees = pack.trees if isinstance(pack, Pack) else pack
     # A mask of four dimensions is handed through as it is; the attention function looks at the trees alone.
     mask = torch.zeros(1, 1, 1, 1, device=embeds.device)
     return backbone(

@@ -84,11 +84,11 @@ class PersonalizedPolicy(PersonalizedModel):
         assert self.packing is not None
         if self.packing.linear_head:
             head = cast(Any, self.backbone).get_output_embeddings()
-            hidden = packed_call(decoder(self.backbone), embeds, pack, pack.position_ids).last_hidden_state[0]
+            hidden = packed_call(decoder(self.backbone), embeds, pack.trees, pack.position_ids).last_hidden_state[0]
             token_logps = linear_token_logps(hidden[pack.scored], head.weight, head.bias, pack.targets)
         else:
             logits = packed_call(
-                self.backbone, embeds, pack, pack.position_ids, logits_to_keep=pack.scored
+                self.backbone, embeds, pack.trees, pack.position_ids, logits_to_keep=pack.scored
             ).logits[0]
             token_logps = -F.cross_entropy(logits.float(), pack.targets, reduction="none")
         return torch.stack([part.sum() for part in token_logps.split(pack.num_scored)])

@@ -76,7 +76,7 @@ class PersonalizedRewardModel(PersonalizedModel):
 
     def packed_values(self, pack: Pack, embeds: Tensor) -> Tensor:
         """A score is read at the last position of its response."""
-        hidden = packed_call(decoder(self.backbone), embeds, pack, pack.position_ids).last_hidden_state[0]
+        hidden = packed_call(decoder(self.backbone), embeds, pack.trees, pack.position_ids).last_hidden_state[0]
         return self._score(hidden[pack.last])
 
     def _score(self, hidden: Tensor) -> Tensor:

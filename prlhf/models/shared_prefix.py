@@ -102,6 +102,7 @@ class _FlashTrees(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, trees: Trees, scale: float) -> Tensor:
+        """(1, N, H, E)."""
         assert _FLASH is not None
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
         output = out.transpose(1, 2)
@@ -126,6 +127,7 @@ class _FlashTrees(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key and value."""
         query, key, value, out, lse = ctx.saved_tensors
         grad, output = grads[0].transpose(1, 2), out.transpose(1, 2)
         # Laid out as the projections made them.
@@ -135,6 +137,7 @@ class _FlashTrees(torch.autograd.Function):
         )
 
         def back(rows: slice, columns: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+            """Gradients of the rows' queries and the columns' keys and values."""
             assert _FLASH_BACKWARD is not None
             q, k, v = query[:, :, rows], key[:, :, columns], value[:, :, columns]
             parts = (output[:, :, rows], lse[:, :, rows])

@@ -78,7 +78,8 @@ def test_pdpo_serves_users_it_never_saw(
     world: Tiny, bare_prompts: None, tmp_path: Path, kind: str, lora: dict[str, int] | None, lr: float
 ) -> None:
     settings = {"user__kind": kind, "train__max_steps": 60, "train__batch_rows": 16, "model__lora": lora}
-    serve_the_unseen(world, tmp_path / "run", train__lr=lr, **settings)
+    accuracy = serve_the_unseen(world, tmp_path / "run", train__lr=lr, **settings)["accuracy"]
+    assert accuracy["unseen"]["mean"] > accuracy["unseen_generic"]["mean"]
 
 
 def saved(job: Job, run_dir: Path) -> Path:

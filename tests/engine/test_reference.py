@@ -16,6 +16,7 @@ from prlhf.engine import trainer
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.reference import LiveReference, ReferenceTable, compute_reference_table
 from prlhf.engine.trainer import train
+from prlhf.models.packing import Pack
 from prlhf.models.policy import PersonalizedPolicy
 from tests.tiny_run import THINGS, Tiny, perturbed_job, read_metrics
 
@@ -48,19 +49,25 @@ def test_live_and_precomputed_runs_train_alike(tiny: Tiny, tmp_path: Path) -> No
             assert live[name] == pytest.approx(table[name], abs=1e-5), name
 
 
+def record_packs(monkeypatch: pytest.MonkeyPatch) -> list[Pack]:
+    """The packs that policies read from now on."""
+    packs = []
+    packed_values = PersonalizedPolicy.packed_values
+
+    def recording(self: PersonalizedPolicy, pack: Pack, *args: Any) -> Tensor:
+        packs.append(pack)
+        return packed_values(self, pack, *args)
+
+    monkeypatch.setattr(PersonalizedPolicy, "packed_values", recording)
+    return packs
+
+
 def test_each_distinct_response_is_scored_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """ann and bob judge the same two answers about each thing."""
     job = build_job(tiny.config())
-    scored = []
-    packed_values = PersonalizedPolicy.packed_values
-
-    def counting(self: PersonalizedPolicy, pack: Any, *args: Any) -> Tensor:
-        scored.append(len(pack.last))
-        return packed_values(self, pack, *args)
-
-    monkeypatch.setattr(PersonalizedPolicy, "packed_values", counting)
+    packs = record_packs(monkeypatch)
     table_of(job)
-    assert sum(scored) == 2 * len(THINGS)
+    assert sum(len(pack.last) for pack in packs) == 2 * len(THINGS)
 
 
 def test_rows_are_found_by_their_id_not_their_place(tiny: Tiny) -> None:
@@ -115,15 +122,8 @@ def test_the_stop_flag_is_looked_at_between_batches(tiny: Tiny) -> None:
 
 def test_a_pair_and_its_prompt_are_computed_once_for_all_its_users(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     job = build_job(tiny.config())
-    lines = []
-    packed_values = PersonalizedPolicy.packed_values
-
-    def counting(self: PersonalizedPolicy, pack: Any, *args: Any) -> Tensor:
-        lines.append(len(pack.order))
-        return packed_values(self, pack, *args)
-
-    monkeypatch.setattr(PersonalizedPolicy, "packed_values", counting)
+    packs = record_packs(monkeypatch)
     table_of(job)
     prompts = {row.prompt_ids for row in job.rows}
     responses = {(row.prompt_ids, ids) for row in job.rows for ids in (row.chosen_ids, row.rejected_ids)}
-    assert sum(lines) == sum(map(len, prompts)) + sum(len(ids) for _, ids in responses)
+    assert sum(len(pack.order) for pack in packs) == sum(map(len, prompts)) + sum(len(ids) for _, ids in responses)
