@@ -109,6 +109,7 @@ class TrainConfig:
     """The optimisation; `batch_rows` is global, `microbatch_tokens` bounds the tokens of one rank's forward pass.
 
     With `packing` rows are laid out without padding and responses to one prompt share it, where the backbone allows it.
+    `group_pairs` shows the judgments of one pair in one step, which then computes the generic user's part once.
     `user_lr` is the rate of the user embeddings, `cluster_lr` that of the users' weights of shared soft prompts
     (cluster, low_rank), `encoder_lr` that of what reads a user (text, history). `max_steps: null` trains `epochs`
     epochs; the run stops after `max_skipped_steps` non-finite steps in a row.
@@ -119,6 +120,7 @@ class TrainConfig:
     batch_rows: int = 16
     microbatch_tokens: int = 8192
     packing: bool = True
+    group_pairs: bool = False
     lr: float = 5e-5
     user_lr: float = 1e-3
     cluster_lr: float = 1e-2

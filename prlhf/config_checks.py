@@ -113,6 +113,8 @@ def _contradictions(config: Any) -> Iterator[Problem]:
         yield Problem(("user.kind", "method"), f"got {user.kind} with method {config.method}, expected none")
     if config.method not in ("dpo", "pdpo") and loss.kind != "sigmoid":
         yield Problem(("loss.kind", "method"), f"got {loss.kind} with method {config.method}, expected sigmoid")
+    if config.method == "sft" and config.train.group_pairs:
+        yield Problem(("train.group_pairs", "method"), "got true with method sft, which has no pairs, expected false")
     if user.prior > 0 and user.kind not in SHRUNK_KINDS:
         text = f"got {user.prior} with user.kind {user.kind}, expected 0: only {' and '.join(SHRUNK_KINDS)} have one"
         yield Problem(("user.prior", "user.kind"), text)

@@ -115,6 +115,7 @@ def test_a_number_is_finite(value: object) -> None:
         ({"loss": {"kind": "simpo"}, "model": {"reference": "live"}}, "model.reference"),
         ({"method": "sft", "user": {"kind": "none"}, "loss": {"kind": "kto"}}, "loss.kind"),
         ({"user": {"kind": "cluster", "prior": 0.1}}, "user.prior"),
+        ({"method": "sft", "user": {"kind": "none"}, "train": {"group_pairs": True}}, "train.group_pairs"),
         ({"data": {"max_tokens": 522}}, "data.max_prompt_tokens"),
         ({"model": {"lora": {"targets": []}}}, "model.lora.targets"),
         ({"name": "../escape"}, "name"),

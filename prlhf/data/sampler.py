@@ -1,8 +1,8 @@
-"""Which rows a step trains on: pure functions of (seed, step), the same for every world size and after a resume."""
+"""Which rows a step trains on: a pure function of (seed, step), the same for every world size and after a resume."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -10,32 +10,57 @@ import numpy as np
 T = TypeVar("T")
 
 
-def num_steps_per_epoch(num_rows: int, batch_rows: int) -> int:
-    """Optimizer steps that show every row once; the last one may be smaller."""
-    return -(-num_rows // batch_rows)
+class Sampler:
+    """Cuts epochs, each a permutation of its own, into optimizer steps.
 
-
-def global_batch(step: int, *, num_rows: int, batch_rows: int, seed: int) -> list[int]:
-    """Rows of one optimizer step, over all ranks.
-
-    Every epoch is a permutation of its own, cut into batches; only an epoch's last batch may be smaller.
+    Rows of one group stay side by side, in an order drawn anew as well: what they share is then computed once a step.
 
     Args:
-        step: 0-based, over all epochs.
+        groups: a key of each row; rows of equal keys form a group.
+        batch_rows: rows of a step over all ranks; only an epoch's last step may have fewer.
     """
-    return rows_of_steps(step, step + 1, num_rows=num_rows, batch_rows=batch_rows, seed=seed)
 
+    def __init__(self, groups: Sequence[Hashable], *, batch_rows: int, seed: int) -> None:
+        numbers: dict[Hashable, int] = {}
+        self._groups = np.array([numbers.setdefault(key, len(numbers)) for key in groups], dtype=np.int64)
+        self._num_groups = len(numbers)
+        self._batch_rows = batch_rows
+        self._seed = seed
+        self._order: tuple[int, np.ndarray] = (-1, self._groups)  # epoch and its permutation
 
-def rows_of_steps(start: int, stop: int, *, num_rows: int, batch_rows: int, seed: int) -> list[int]:
-    """Rows of the steps from `start` up to `stop`, in order; one that several epochs show comes as often."""
-    steps_per_epoch = num_steps_per_epoch(num_rows, batch_rows)
-    rows: list[int] = []
-    for epoch in range(start // steps_per_epoch, -(-stop // steps_per_epoch)):
-        first = max(start - epoch * steps_per_epoch, 0)
-        last = min(stop - epoch * steps_per_epoch, steps_per_epoch)
-        order = np.random.default_rng([seed, epoch]).permutation(num_rows)
-        rows += order[first * batch_rows : last * batch_rows].tolist()
-    return rows
+    @property
+    def num_rows(self) -> int:
+        """Rows of an epoch."""
+        return len(self._groups)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that show every row once."""
+        return -(-self.num_rows // self._batch_rows)
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Rows of one optimizer step, over all ranks.
+
+        Args:
+            step: 0-based, over all epochs.
+        """
+        epoch, position = divmod(step, self.steps_per_epoch)
+        first = position * self._batch_rows
+        rows: list[int] = self._order_of(epoch)[first : first + self._batch_rows].tolist()
+        return rows
+
+    def rows_of_first_steps(self, num_steps: int) -> set[int]:
+        """Rows that the steps before `num_steps` show."""
+        if num_steps >= self.steps_per_epoch:
+            return set(range(self.num_rows))
+        return set(self._order_of(0)[: num_steps * self._batch_rows].tolist())
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if self._order[0] != epoch:
+            draw = np.random.default_rng([self._seed, epoch])
+            place_of_group, place_in_group = draw.permutation(self._num_groups), draw.permutation(self.num_rows)
+            self._order = (epoch, np.lexsort((place_in_group, place_of_group[self._groups])))
+        return self._order[1]
 
 
 def shard(indices: Sequence[T], rank: int, world_size: int) -> list[T]:

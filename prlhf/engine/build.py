@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
@@ -18,7 +18,7 @@ from prlhf.data.context import UserContexts, collect_facts
 from prlhf.data.labelled import labelled_from_pairs, preferences_from_labelled, tokenize_labelled
 from prlhf.data.load import load_judged_data, load_neutral_texts, load_preference_data, load_response_rows
 from prlhf.data.records import LabelledData, LabelledRow, PreferenceData, ResponseRow
-from prlhf.data.sampler import num_steps_per_epoch
+from prlhf.data.sampler import Sampler
 from prlhf.data.tokenize import (
     Tokenized,
     TokenizedLabelled,
@@ -67,6 +67,7 @@ class Job:
     dev_responses: list[ResponseRow]
     neutral: list[ResponseRow]
     data_sha256: str
+    sampler: Sampler
     max_steps: int
     autocast: Autocast
     pad_id: int
@@ -206,7 +207,7 @@ def build_job(config: Config) -> Job:
         init_user_encoder_(model, spec, [row.prompt_ids + row.responses[0] for row in tokenized.rows[:NUM_PROBES]])
     _prepare_for_training_(model, config, spec)
     train = config.train
-    max_steps = train.max_steps or train.epochs * num_steps_per_epoch(len(tokenized.rows), train.batch_rows)
+    sampler = make_sampler(config, tokenized.rows)
     return Job(
         config=config,
         spec=spec,
@@ -219,7 +220,8 @@ def build_job(config: Config) -> Job:
         dev_responses=data.dev_responses,
         neutral=neutral,
         data_sha256=hash_rows(tokenized.rows if contexts is None else [*tokenized.rows, contexts.facts]),
-        max_steps=max_steps,
+        sampler=sampler,
+        max_steps=train.max_steps or train.epochs * sampler.steps_per_epoch,
         autocast=make_autocast(train.precision, device),
         pad_id=pad_token_id(model.tokenizer),
         contexts=contexts,
@@ -235,6 +237,14 @@ def _tokenize(config: Config, model: Model, data: JobData) -> Tokenized[Any]:
     if data.preferences is not None:
         return tokenize_pairs(data.preferences.train, model.tokenizer, users, **limits)
     return tokenize_responses(data.responses, model.tokenizer, **limits)
+
+
+def make_sampler(config: Config, rows: TokenizedRows) -> Sampler:
+    """The order of the training rows; with `train.group_pairs` judgments of one pair come one after the other."""
+    groups: list[Hashable] = list(range(len(rows)))
+    if config.train.group_pairs:
+        groups = [(row.prompt_ids, frozenset(row.responses)) for row in rows]
+    return Sampler(groups, batch_rows=config.train.batch_rows, seed=config.seed)
 
 
 def restore_reference_(job: Job) -> None:

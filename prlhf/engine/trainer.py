@@ -14,14 +14,7 @@ from tqdm import tqdm
 from prlhf.config import Config, changed_keys, dump_config, load_config
 from prlhf.data.collate import collate_labelled, collate_pairs, collate_responses
 from prlhf.data.context import Context
-from prlhf.data.sampler import (
-    cut_microbatches,
-    cut_packs,
-    global_batch,
-    num_steps_per_epoch,
-    rows_of_steps,
-    shard,
-)
+from prlhf.data.sampler import cut_microbatches, cut_packs, shard
 from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair
 from prlhf.distributed import all_reduce_any, is_main, rank, world_size
 from prlhf.engine.build import Job, build_job
@@ -156,7 +149,7 @@ def _is_due(step: int, every: int) -> bool:
 def batches_of_step(job: Job, step: int) -> tuple[list[Batch], int]:
     """This rank's micro-batches of a global step, and the global number of rows."""
     config = job.config
-    indices = global_batch(step, num_rows=len(job.rows), batch_rows=config.train.batch_rows, seed=config.seed)
+    indices = job.sampler.rows_of_step(step)
     mine = shard(indices, rank(), world_size())
     cuts = _cut(job, mine)
     collate: Any = collate_labelled if job.objective.is_unpaired else collate_pairs
@@ -213,9 +206,7 @@ def _make_reference(job: Job, stop: StopFlag) -> Callable[[Batch], Any]:
         return no_reference
     if job.config.model.reference == "live":
         return LiveReference(job.reference)
-    num_rows, batch_rows = len(job.rows), job.config.train.batch_rows
-    num_steps = min(job.max_steps, num_steps_per_epoch(num_rows, batch_rows))  # an epoch shows every row
-    needed = set(rows_of_steps(0, num_steps, num_rows=num_rows, batch_rows=batch_rows, seed=job.config.seed))
+    needed = job.sampler.rows_of_first_steps(job.max_steps)
     return compute_reference_table(
         job.reference,
         cast(Sequence[TokenizedPair | TokenizedLabelled], [row for i, row in enumerate(job.rows) if i in needed]),

@@ -5,32 +5,44 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prlhf.data.sampler import cut_microbatches, cut_packs, global_batch, num_steps_per_epoch, rows_of_steps, shard
+from prlhf.data.sampler import Sampler, cut_microbatches, cut_packs, shard
 
-SIZES = {"num_rows": st.integers(1, 40), "batch_rows": st.integers(1, 12)}
+BATCH_ROWS = st.integers(1, 12)
+GROUPS = st.lists(st.integers(0, 9), min_size=1, max_size=40)
 
 
-@given(**SIZES, seed=st.integers(0, 2**32), epoch=st.integers(0, 3))
-def test_an_epoch_shows_every_row_once_and_only_its_last_batch_is_smaller(
-    num_rows: int, batch_rows: int, seed: int, epoch: int
+@given(groups=GROUPS, batch_rows=BATCH_ROWS, seed=st.integers(0, 2**32), epoch=st.integers(0, 3))
+def test_an_epoch_shows_every_row_once_and_only_its_last_step_is_smaller(
+    groups: list[int], batch_rows: int, seed: int, epoch: int
 ) -> None:
-    steps = num_steps_per_epoch(num_rows, batch_rows)
-    batches = [
-        global_batch(step, num_rows=num_rows, batch_rows=batch_rows, seed=seed)
-        for step in range(epoch * steps, (epoch + 1) * steps)
-    ]
-    assert sorted(row for batch in batches for row in batch) == list(range(num_rows))
+    sampler = Sampler(groups, batch_rows=batch_rows, seed=seed)
+    steps = sampler.steps_per_epoch
+    batches = [sampler.rows_of_step(step) for step in range(epoch * steps, (epoch + 1) * steps)]
+    rows = [row for batch in batches for row in batch]
+    assert sorted(rows) == list(range(len(groups)))
     assert all(len(batch) == batch_rows for batch in batches[:-1]) and 1 <= len(batches[-1]) <= batch_rows
+    changes = sum(groups[before] != groups[after] for before, after in zip(rows, rows[1:], strict=False))
+    assert changes == len(set(groups)) - 1
 
 
 def test_epochs_and_seeds_have_orders_of_their_own_and_a_step_is_a_pure_function() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        return global_batch(epoch, num_rows=100, batch_rows=100, seed=seed)
+        return Sampler(range(100), batch_rows=100, seed=seed).rows_of_step(epoch)
 
     orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(rows) for rows in orders}) == 4
     assert orders[3] == order(1, 1)
     assert all(rows != sorted(rows) for rows in orders)
+    sampler = Sampler(range(100), batch_rows=100, seed=1)
+    assert [sampler.rows_of_step(epoch) for epoch in (1, 0, 1)] == [orders[3], orders[2], orders[3]]
+
+
+def test_groups_and_rows_within_them_come_in_an_order_of_their_own() -> None:
+    groups = ["a", "b"] * 50
+    sampler = Sampler(groups, batch_rows=100, seed=0)
+    orders = [sampler.rows_of_step(epoch) for epoch in range(20)]
+    assert {groups[rows[0]] for rows in orders} == {"a", "b"}
+    assert all(sorted(rows[:50]) != rows[:50] for rows in orders)
 
 
 @given(num_rows=st.integers(0, 40), world_size=st.integers(1, 9))
@@ -62,8 +74,8 @@ def test_packs_are_filled_in_order_up_to_the_limit():
     assert cut_packs([], lengths.__getitem__, 10) == []
 
 
-@given(**SIZES, start=st.integers(0, 30), count=st.integers(0, 30))
-def test_rows_of_steps_are_those_of_each_step(num_rows: int, batch_rows: int, start: int, count: int) -> None:
-    sizes = {"num_rows": num_rows, "batch_rows": batch_rows, "seed": 5}
-    one_by_one = [row for step in range(start, start + count) for row in global_batch(step, **sizes)]
-    assert rows_of_steps(start, start + count, **sizes) == one_by_one
+@given(groups=GROUPS, batch_rows=BATCH_ROWS, num_steps=st.integers(0, 50))
+def test_rows_of_first_steps_are_those_of_each_step(groups: list[int], batch_rows: int, num_steps: int) -> None:
+    sampler = Sampler(groups, batch_rows=batch_rows, seed=5)
+    one_by_one = {row for step in range(num_steps) for row in sampler.rows_of_step(step)}
+    assert sampler.rows_of_first_steps(num_steps) == one_by_one

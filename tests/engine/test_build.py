@@ -31,6 +31,15 @@ def test_steps_are_whole_epochs_ragged_ends_included(tiny: Tiny, epochs: int, ba
     assert build_job(config).max_steps == steps
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_judgments_of_one_pair_share_steps_where_that_is_asked_for(tiny: Tiny, grouped: bool) -> None:
+    job = build_job(tiny.config(train__group_pairs=grouped))
+    rows = [job.rows[i] for step in range(job.sampler.steps_per_epoch) for i in job.sampler.rows_of_step(step)]
+    pairs = [frozenset(row.responses) for row in rows]
+    changes = sum(before != after for before, after in zip(pairs, pairs[1:], strict=False))
+    assert (changes == len(set(pairs)) - 1) == grouped
+
+
 @pytest.mark.parametrize("method", ["dpo", "sft"])
 def test_methods_without_users_have_no_soft_prompt(tiny: Tiny, method: str) -> None:
     job = build_job(tiny.config(method=method))

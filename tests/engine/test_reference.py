@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from prlhf.data.collate import collate_pairs
-from prlhf.data.sampler import rows_of_steps
 from prlhf.data.tokenize import TokenizedPair
 from prlhf.engine import trainer
 from prlhf.engine.build import Job, build_job
@@ -90,12 +89,12 @@ def test_only_rows_that_steps_will_show_are_scored(tiny: Tiny, tmp_path: Path, m
 
     monkeypatch.setattr(trainer, "compute_reference_table", counting)
     config = tiny.config(train__max_steps=2)
-    num_rows = len(build_job(config).rows)
+    sampler = build_job(config).sampler
     train(config, tmp_path / "run")
-    shown = rows_of_steps(0, 2, num_rows=num_rows, batch_rows=config.train.batch_rows, seed=config.seed)
-    assert scored == [set(shown)] and len(shown) < num_rows
+    shown = {*sampler.rows_of_step(0), *sampler.rows_of_step(1)}
+    assert scored == [shown] and len(shown) < sampler.num_rows
     train(tiny.config(train__max_steps=40), tmp_path / "run")
-    assert scored[1] == set(range(num_rows))
+    assert scored[1] == set(range(sampler.num_rows))
 
 
 def test_a_table_of_no_rows_is_empty(tiny: Tiny) -> None:
