@@ -85,6 +85,9 @@ def _add_generation_commands(commands: Any) -> None:
     chat.add_argument("checkpoint", metavar="CKPT", type=Path)
     chat.add_argument("--user", default="generic", metavar="ID")
     for command in (generate, chat):
+        command.add_argument(
+            "--user-text", default="", metavar="TEXT", help="what is known of the user in words, trained on or not"
+        )
         command.add_argument("--temperature", type=float, default=0.7)
         command.add_argument("--top-p", type=float, default=1.0)
         command.add_argument("--max-new-tokens", type=int, default=160)
@@ -179,7 +182,7 @@ def _score(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from prlhf.data.jsonl import write_jsonl
     from prlhf.data.records import prompt_record
-    from prlhf.evaluation.samples import user_contexts, user_indices
+    from prlhf.evaluation.samples import user_indices
     from prlhf.generation import generate
     from prlhf.models import load_policy
 
@@ -192,8 +195,8 @@ def _generate(args: argparse.Namespace) -> int:
         policy,
         [prompt for _, prompt in pairs],
         user_indices(policy, [user for user, _ in pairs]),
-        contexts=user_contexts(policy, pairs),
         options=_sampling(args),
+        **_about_users(policy, pairs, args.user_text),
     )
     write_jsonl(
         args.out,
@@ -207,7 +210,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     from prlhf.data.records import Message
-    from prlhf.evaluation.samples import user_contexts, user_indices
+    from prlhf.evaluation.samples import user_indices
     from prlhf.generation import generate
     from prlhf.models import load_policy
 
@@ -226,11 +229,20 @@ def _chat(args: argparse.Namespace) -> int:
         if policy.tokenizer.chat_template:
             history.append(Message("user", line.strip()))
         prompt = tuple(history) or line.strip()
-        contexts = user_contexts(policy, [(args.user, prompt)])
-        answer = generate(policy, [prompt], user_ids, contexts=contexts, options=_sampling(args))[0]
+        about = _about_users(policy, [(args.user, prompt)], args.user_text)
+        answer = generate(policy, [prompt], user_ids, options=_sampling(args), **about)[0]
         if history:
             history.append(Message("assistant", answer))
         sys.stdout.write(answer + "\n")
+
+
+def _about_users(policy: Any, pairs: list[tuple[str, Any]], text: str) -> dict[str, Any]:
+    """What `generate` is told of the users: `text` for the encoder that reads texts, elsewhere in front of prompts."""
+    from prlhf.evaluation.samples import user_contexts
+
+    if text and policy.contexts is not None and policy.contexts.kind == "text":
+        return {"contexts": [policy.contexts.read_text(text)] * len(pairs)}
+    return {"contexts": user_contexts(policy, pairs), "user_texts": [text] * len(pairs)}
 
 
 def _sampling(args: argparse.Namespace) -> Any:

@@ -21,6 +21,8 @@ from prlhf.engine import launch
 from prlhf.engine import trainer as trainer_module
 from prlhf.engine.child import SignalRelay
 from prlhf.engine.run_dir import RunDir
+from prlhf.generation import SamplingOptions, generate
+from prlhf.models import load_policy
 from tests.cli_run import Run, train_here
 from tests.tiny_run import Tiny, at_step, checkpoints, read_status, snapshot, stop_signal, write_data, write_jsonl
 
@@ -133,6 +135,19 @@ def test_generate_reads_jsonl_and_a_policy_without_users_answers_generically(
     out = tmp_path / "answers.jsonl"
     assert run("generate", trained / "vanilla", "--prompts", prompts, "--out", out, "--max-new-tokens", "2")[0] == 0
     assert [json.loads(line)["user_id"] for line in out.read_text().splitlines()] == ["generic"]
+
+
+def test_a_text_about_the_user_stands_in_front_of_the_prompt(run: Run, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Why?\n")
+    out = tmp_path / "answers.jsonl"
+    arguments = ("--prompts", tmp_path / "prompts.txt", "--users", "bob", "--temperature", "0", "--out", out)
+    assert run("generate", trained / "tiny", *arguments, "--user-text", "I am Bob.", "--max-new-tokens", "8")[0] == 0
+    policy = load_policy(trained / "tiny")
+    assert policy.users is not None
+    users, options = [policy.users.index("bob")], SamplingOptions(max_new_tokens=8, temperature=0.0)
+    expected = generate(policy, ["Why?"], users, user_texts=["I am Bob."], options=options)
+    assert [json.loads(line)["response"] for line in out.read_text().splitlines()] == expected
+    assert expected != generate(policy, ["Why?"], users, options=options)
 
 
 def test_score_writes_a_score_for_every_response_and_user(run: Run, trained: Path, tmp_path: Path) -> None:

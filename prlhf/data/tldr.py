@@ -25,6 +25,7 @@ from prlhf.errors import DataError
 TASTE_SEED = 3456
 SHORTER_SHARE = 0.3
 MAX_USERS = 10
+WISHES = {False: "Keep the summary short.", True: "Write a long summary with all the details."}  # by prefers_longer
 VALIDATION_SPLITS = {"train": False, "valid1": True, "valid2": True}
 
 
@@ -160,6 +161,7 @@ def make_preferences(
         eval_unseen=[row for row in fresh if row.user_id not in known],
         source=source,
         declared_users=tuple(users),
+        preferences={worker: WISHES[longer] for worker, longer in tastes.items()},
     )
     return data, dict(left_out)
 

@@ -183,3 +183,13 @@ def test_every_row_carries_its_persons_text() -> None:
     data = prism(0)
     assert all(row.user_text == people(0)[row.user_id].text for row in all_rows(data))
     assert data.user_texts() == {user_id: person.text for user_id, person in people(0).items()}
+
+
+def test_each_user_has_a_wish_for_each_axis_of_the_taste() -> None:
+    wishes = prism(0).preferences
+    assert set(wishes) == set(people(0))
+    for user_id, person in people(0).items():
+        assert wishes[user_id].count(".") == 3
+        assert ("Keep it short." in wishes[user_id]) != person.taste.informative
+        assert ("technical" in wishes[user_id]) == person.taste.expert
+        assert ("warm" in wishes[user_id]) == person.taste.friendly

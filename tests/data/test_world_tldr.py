@@ -101,6 +101,7 @@ def test_every_worker_is_true_to_a_taste_and_two_to_four_of_either_ten_prefer_th
     assert set(data.user_ids()) == set(seen)
     assert all(2 <= list(tastes.values()).count(False) <= 4 for tastes in (seen, unseen))
     assert sum(len(row.chosen) > len(row.rejected) for row in data.train) > 0.5 * len(data.train)
+    assert {user: "short" not in data.preferences[user] for user in (seen | unseen)} == seen | unseen
 
 
 def test_in_the_committed_world_workers_4_5_and_6_prefer_the_shorter_summary_as_in_the_paper() -> None:

@@ -162,6 +162,26 @@ def test_a_checkpoint_answers_known_and_unknown_users(world: Tiny, tmp_path: Pat
     assert len(set(expected)) > 1
 
 
+def test_generate_reads_what_an_unknown_user_says(world: Tiny, tmp_path: Path) -> None:
+    saved(perturbed_job(world.config(user__kind="text")), tmp_path / "run")
+    (tmp_path / "prompts.txt").write_text("Why?\nHow?\n", encoding="utf-8")
+    arguments = ["generate", str(tmp_path / "run"), "--prompts", str(tmp_path / "prompts.txt"), "--temperature", "0"]
+    arguments += ["--users", "generic", "--max-new-tokens", "8"]
+
+    def answers(*about: str) -> list[str]:
+        out = tmp_path / "answers.jsonl"
+        assert main([*arguments, "--out", str(out), *about]) == 0
+        return [json.loads(line)["response"] for line in out.read_text().splitlines()]
+
+    policy = load_policy(tmp_path / "run")
+    assert policy.contexts is not None
+    read = [policy.contexts.read_text("Please be brief.")] * 2
+    options = SamplingOptions(max_new_tokens=8, temperature=0.0)
+    told = answers("--user-text", "Please be brief.")
+    assert told == generate(policy, ["Why?", "How?"], [0, 0], contexts=read, options=options)
+    assert told != answers()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_those_of_the_user_s_own_context(world: Tiny, tmp_path: Path, kind: str) -> None:
     job = perturbed_job(world.config(user__kind=kind, method="prm"))

@@ -15,7 +15,7 @@ from prlhf.data.world.authored import (
     load_training_topics,
 )
 from prlhf.data.world.profiles import draw_profile, load_profiles
-from prlhf.data.world.psoups import draw_phrases
+from prlhf.data.world.psoups import TASTES, draw_phrases
 from prlhf.data.world.render import AXES, STYLES, Request, Style, Tones, render, render_general
 
 SEEN_USERS, UNSEEN_USERS = 160, 40  # of each, as many of one taste as of another
@@ -68,6 +68,7 @@ def build_prism(seed: int) -> PreferenceData:
         source="builtin:prism",
         declared_users=tuple(person.user_id for person in seen),
         ceiling=1 - LABEL_NOISE,
+        preferences={person.user_id: _wishes(person.taste) for person in people},
     )
 
 
@@ -83,6 +84,11 @@ def make_people(rng: random.Random) -> list[Person]:
             text = draw_profile(taste, rng)
         texts[text] = taste
     return [Person(f"user{number:03d}", taste, text) for number, (text, taste) in enumerate(texts.items())]
+
+
+def _wishes(style: Style) -> str:
+    """The style in words, a sentence an axis."""
+    return " ".join(taste.wish for taste in TASTES.values() if taste.side == getattr(style, AXES[taste.axis]))
 
 
 def _evaluation(
