@@ -58,7 +58,8 @@ class Sampler:
     def _order_of(self, epoch: int) -> np.ndarray:
         if self._order[0] != epoch:
             draw = np.random.default_rng([self._seed, epoch])
-            place_of_group, place_in_group = draw.permutation(self._num_groups), draw.permutation(self.num_rows)
+            place_of_group = np.argsort(draw.permutation(self._num_groups))
+            place_in_group = draw.permutation(self.num_rows)
             self._order = (epoch, np.lexsort((place_in_group, place_of_group[self._groups])))
         return self._order[1]
 

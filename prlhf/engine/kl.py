@@ -30,16 +30,15 @@ def estimate_kl(
     It is taken before any of the step's losses, so that the loss of a row does not depend on how the global batch is
     cut into micro-batches and ranks. Every rank calls this, also one without rows.
 
-    Returns: (number of terms,) float32 nats, at least 0: as the rows' users and as the generic one; or with no soft
-        prompt.
+    Returns: (number of terms,) float32 nats, at least 0, in the order of `objective.terms`.
     Source: Ethayarajh et al. 2024, arXiv:2402.01306, section 4.2.
     """
-    sums = torch.zeros(objective.num_terms, device=policy.device)
+    sums = torch.zeros(len(objective.terms), device=policy.device)
     for batch in batches:
         reference = reference_of(batch)
         assert reference is not None
-        for i, (user_ids, context) in enumerate(objective.term_users(batch)):
-            with autocast():
-                logps, _ = policy.sequence_logps(batch.mismatched, user_ids, context)
+        with autocast():
+            terms = policy.term_values(batch.mismatched, objective.read_as(batch))
+        for i, (logps, _) in enumerate(terms):
             sums[i] += (logps - reference.rejected).sum()
     return (all_reduce_sum(sums) / num_global_rows).clamp(min=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -9,18 +10,17 @@ import torch
 from torch import Tensor
 
 from prlhf.data.collate import LabelledBatch, PairBatch, ResponseBatch
-from prlhf.data.context import ContextBatch
+from prlhf.data.records import GENERIC_USER_ID
 from prlhf.losses import (
     PairwiseKind,
     PreferenceLoss,
     bradley_terry_loss,
     dpo_loss,
     kto_loss,
-    mix_terms,
     orpo_loss,
-    prm_loss,
     simpo_loss,
 )
+from prlhf.models.packing import Term
 from prlhf.models.policy import PersonalizedPolicy, ResponseLogps
 from prlhf.models.reward import PersonalizedRewardModel
 
@@ -91,20 +91,32 @@ class Objective:
     undesirable_weight: float = 1.0
 
     @property
-    def num_terms(self) -> int:
-        """Ways in which a batch is read in one pass."""
-        return 2 if self.is_personal else 1
+    def terms(self) -> dict[str, float]:
+        """Prefix of a term's figures -> its weight; what has none is not computed."""
+        if not self.is_personal:
+            return {"": 1.0}
+        weights = {"individual/": self.alpha, "generic/": 1 - self.alpha}
+        return {prefix: weight for prefix, weight in weights.items() if weight > 0}
+
+    def read_as(self, batch: PairBatch | LabelledBatch) -> list[Term]:
+        """How each term reads a batch: as its users, as the generic user, or without soft prompt."""
+        ways = {
+            "": Term(None, None, shared=True),
+            "individual/": Term(batch.user_ids, batch.context, shared=False),
+            "generic/": Term(torch.full_like(batch.user_ids, GENERIC_USER_ID), None, shared=True),
+        }
+        return [ways[prefix] for prefix in self.terms]
 
     def figure_names(self) -> list[str]:
         """Names of the sums that every micro-batch returns, the same on a rank that has no row."""
         names = REWARD_FIGURES if self.method in ("rm", "prm") else (*REWARD_FIGURES, *LOGP_FIGURES)
         names, counts = ((*names, "kl"), (LIKED, DISLIKED)) if self.is_unpaired else (names, ())
-        return ["loss", *counts, *(term + name for term in self._terms() for name in names)]
+        return ["loss", *counts, *(term + name for term in self._prefixes() for name in names)]
 
     def figure_counts(self) -> dict[str, str]:
         """Of the figures that are not means over all rows, the name of the figure that counts their rows."""
         counts = LABELLED_COUNTS if self.is_unpaired else {}
-        return {term + name: count for term in self._terms() for name, count in counts.items()}
+        return {term + name: count for term in self._prefixes() for name, count in counts.items()}
 
     @property
     def is_unpaired(self) -> bool:
@@ -116,10 +128,9 @@ class Objective:
         """Whether there are an individual and a generic term."""
         return self.method in ("pdpo", "prm")
 
-    def _terms(self) -> tuple[str, ...]:
-        if self.method == "sft":
-            return ()
-        return ("", "individual/", "generic/") if self.is_personal else ("",)
+    def _prefixes(self) -> list[str]:
+        """Of all figures: the plain names are the first term's."""
+        return [] if self.method == "sft" else list({"": None, **self.terms})
 
     def __call__(
         self,
@@ -136,56 +147,42 @@ class Objective:
         """
         if isinstance(model, PersonalizedRewardModel):
             assert isinstance(batch, PairBatch)
-            return self._prm(model, batch) if self.method == "prm" else self._rm(model, batch)
+            return self._reward(model, batch)
         if isinstance(batch, ResponseBatch):
             return self._sft(model, batch)
         if isinstance(batch, LabelledBatch):
             assert reference is not None and kl is not None
-            return self._kto(model, batch, reference, kl)
-        return self._pdpo(model, batch, reference) if self.method == "pdpo" else self._dpo(model, batch, reference)
+            return self._unpaired(model, batch, reference, kl)
+        return self._pairs(model, batch, reference)
 
-    def _rm(self, model: PersonalizedRewardModel, batch: PairBatch) -> RowLosses:
-        out = bradley_terry_loss(*model.scores(batch, None))
-        return RowLosses(out.losses, {"loss": out.losses.detach().sum(), **_reward_figures(out, "")})
-
-    def _prm(self, model: PersonalizedRewardModel, batch: PairBatch) -> RowLosses:
-        individual, generic = model.both_scores(batch)
-        out = prm_loss(*individual, *generic, alpha=self.alpha)
-        return RowLosses(
-            out.losses,
-            {
-                "loss": out.losses.detach().sum(),
-                **_reward_figures(out.individual, ""),
-                **_reward_figures(out.individual, "individual/"),
-                **_reward_figures(out.generic, "generic/"),
-            },
-        )
+    def _reward(self, model: PersonalizedRewardModel, batch: PairBatch) -> RowLosses:
+        outs = [bradley_terry_loss(*scores) for scores in model.term_scores(batch, self.read_as(batch))]
+        losses = self._mix([out.losses for out in outs])
+        return RowLosses(losses, self._sums(losses, [_reward_figures(out) for out in outs]))
 
     def _sft(self, policy: PersonalizedPolicy, batch: ResponseBatch) -> RowLosses:
         """Maximum likelihood of whole responses: a mean over tokens would make short responses' ends too likely."""
         logps, _ = policy.sequence_logps(batch, None)
         return RowLosses(-logps, {"loss": -logps.detach().sum()})
 
-    def _dpo(self, policy: PersonalizedPolicy, batch: PairBatch, reference: ReferenceLogps | None) -> RowLosses:
-        logps = policy.logps(batch, None)
-        out = self._compare(logps, reference)
-        losses = out.losses + self.sft_weight * _chosen_nll(logps)
-        return RowLosses(losses, {"loss": losses.detach().sum(), **_figures(out, logps, "")})
+    def _pairs(self, policy: PersonalizedPolicy, batch: PairBatch, reference: ReferenceLogps | None) -> RowLosses:
+        terms = policy.term_logps(batch, self.read_as(batch))
+        outs = [self._compare(logps, reference) for logps in terms]
+        nll = self._mix([_chosen_nll(logps) for logps in terms])
+        losses = self._mix([out.losses for out in outs]) + self.sft_weight * nll
+        return RowLosses(losses, self._sums(losses, list(map(_figures, outs, terms))))
 
-    def _pdpo(self, policy: PersonalizedPolicy, batch: PairBatch, reference: ReferenceLogps | None) -> RowLosses:
-        individual, generic = policy.both_logps(batch)
-        out = mix_terms(self._compare(individual, reference), self._compare(generic, reference), alpha=self.alpha)
-        nll = self.alpha * _chosen_nll(individual) + (1 - self.alpha) * _chosen_nll(generic)
-        losses = out.losses + self.sft_weight * nll
-        return RowLosses(
-            losses,
-            {
-                "loss": losses.detach().sum(),
-                **_figures(out.individual, individual, ""),
-                **_figures(out.individual, individual, "individual/"),
-                **_figures(out.generic, generic, "generic/"),
-            },
-        )
+    def _mix(self, values: Sequence[Tensor]) -> Tensor:
+        """The weighted sum over terms, row by row; see `losses.mix_terms`."""
+        first, *others = (weight * value for weight, value in zip(self.terms.values(), values, strict=True))
+        return sum(others, start=first)
+
+    def _sums(self, losses: Tensor, figures: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The loss, the first term's figures under their plain names, and in personal methods each term's own."""
+        sums = {"loss": losses.detach().sum()}
+        for prefix, own in {"": figures[0], **dict(zip(self.terms, figures, strict=True))}.items():
+            sums.update({prefix + name: value for name, value in own.items()})
+        return sums
 
     def _compare(self, logps: ResponseLogps, reference: ReferenceLogps | None) -> PreferenceLoss:
         """The loss of one term of each pair."""
@@ -203,55 +200,45 @@ class Objective:
             label_smoothing=self.label_smoothing,
         )
 
-    def _kto(
+    def _unpaired(
         self, policy: PersonalizedPolicy, batch: LabelledBatch, reference: ReferenceLogps, kl: Tensor
     ) -> RowLosses:
-        own_reference, _ = reference
         losses: list[Tensor] = []
-        sums = {LIKED: batch.liked.float().sum(), DISLIKED: (~batch.liked).float().sum()}
-        for i, (user_ids, context) in enumerate(self.term_users(batch)):
-            logps, tokens = policy.sequence_logps(batch.responses, user_ids, context)
+        figures: list[dict[str, Tensor]] = []
+        for (logps, tokens), own_kl in zip(policy.term_values(batch.responses, self.read_as(batch)), kl, strict=True):
             out = kto_loss(
                 logps,
-                own_reference,
+                reference.chosen,
                 batch.liked,
-                kl[i],
+                own_kl,
                 beta=self.beta,
                 desirable_weight=self.desirable_weight,
                 undesirable_weight=self.undesirable_weight,
             )
             losses.append(out.losses)
-            figures = _labelled_figures(out.rewards, logps.detach(), tokens, batch.liked, kl[i], self.beta)
-            prefixes = ("",) if not self.is_personal else ("generic/",) if i else ("", "individual/")
-            sums.update({prefix + name: value for prefix in prefixes for name, value in figures.items()})
-        mixed = self.alpha * losses[0] + (1 - self.alpha) * losses[1] if self.is_personal else losses[0]
-        return RowLosses(mixed, {"loss": mixed.detach().sum(), **sums})
-
-    def term_users(self, batch: LabelledBatch) -> list[tuple[Tensor | None, ContextBatch | None]]:
-        """Under whom each term scores the rows: as their users and as the generic one, or with no soft prompt."""
-        if not self.is_personal:
-            return [(None, None)]
-        return [(batch.user_ids, batch.context), (torch.zeros_like(batch.user_ids), None)]
+            figures.append(_labelled_figures(out.rewards, logps.detach(), tokens, batch.liked, own_kl, self.beta))
+        mixed = self._mix(losses)
+        counts = {LIKED: batch.liked.float().sum(), DISLIKED: (~batch.liked).float().sum()}
+        return RowLosses(mixed, {**counts, **self._sums(mixed, figures)})
 
 
 def _chosen_nll(logps: ResponseLogps) -> Tensor:
     return -logps.chosen / logps.chosen_tokens
 
 
-def _figures(out: PreferenceLoss, logps: ResponseLogps, prefix: str) -> dict[str, Tensor]:
+def _figures(out: PreferenceLoss, logps: ResponseLogps) -> dict[str, Tensor]:
     """Sums over rows of TRL's figures."""
     values = (logps.chosen.detach(), logps.rejected.detach(), _chosen_nll(logps).detach())
-    return {**_reward_figures(out, prefix), **_summed(LOGP_FIGURES, values, prefix)}
+    return {**_reward_figures(out), **_summed(LOGP_FIGURES, values)}
 
 
-def _reward_figures(out: PreferenceLoss, prefix: str) -> dict[str, Tensor]:
+def _reward_figures(out: PreferenceLoss) -> dict[str, Tensor]:
     margins = out.chosen_rewards - out.rejected_rewards
-    values = ((margins > 0).float(), margins, out.chosen_rewards, out.rejected_rewards)
-    return _summed(REWARD_FIGURES, values, prefix)
+    return _summed(REWARD_FIGURES, ((margins > 0).float(), margins, out.chosen_rewards, out.rejected_rewards))
 
 
-def _summed(names: tuple[str, ...], values: tuple[Tensor, ...], prefix: str) -> dict[str, Tensor]:
-    return {prefix + name: value.sum() for name, value in zip(names, values, strict=True)}
+def _summed(names: tuple[str, ...], values: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {name: value.sum() for name, value in zip(names, values, strict=True)}
 
 
 def _labelled_figures(
@@ -264,7 +251,6 @@ def _labelled_figures(
         **_summed(
             REWARD_FIGURES,
             ((margins > 0).float(), margins, torch.where(liked, rewards, zeros), torch.where(liked, zeros, rewards)),
-            "",
         ),
         **_summed(
             LOGP_FIGURES,
@@ -273,7 +259,6 @@ def _labelled_figures(
                 torch.where(liked, zeros, logps),
                 torch.where(liked, -logps / tokens, zeros),
             ),
-            "",
         ),
         "kl": kl * len(rewards),
     }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from tqdm import tqdm
 
 from prlhf.config import Config, changed_keys, dump_config, load_config
@@ -32,7 +33,7 @@ from prlhf.engine.checkpoint import (
 from prlhf.engine.final import evaluate_run, evaluate_step
 from prlhf.engine.metrics import StepMetrics
 from prlhf.engine.optim import set_learning_rate_, warmup_cosine
-from prlhf.engine.reference import LiveReference, compute_reference_table, no_reference
+from prlhf.engine.reference import LiveReference, ReferenceCache, compute_reference_table, no_reference
 from prlhf.engine.run_dir import RunDir
 from prlhf.engine.step import Batch, StepResult, train_step_
 from prlhf.errors import Preempted, PrlhfError, RunDirError
@@ -54,6 +55,7 @@ MAY_CHANGE_ON_RESUME = (
     "name",
 )
 SCHEDULE_KEYS = ("train.epochs", "train.max_steps")
+REFERENCE_CACHE = ".reference"  # beside the run directories
 
 
 def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, Any]:
@@ -72,7 +74,7 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
             logger.info("%s is finished; nothing to do. To train anew choose another name=", run_dir)
             return load_final(run_dir)
         job = build_job(config)
-        reference_of = _make_reference(job, stop)
+        reference_of = _make_reference(job, run_dir.parent / REFERENCE_CACHE, stop)
         progress = Progress()
         if checkpoint is not None:
             progress = load_checkpoint_(
@@ -175,7 +177,7 @@ def _cut(job: Job, indices: list[int]) -> list[list[int]]:
     """Micro-batches of a step's rows: by their tokens where rows are packed, by their padded size elsewhere."""
     limit, num_soft = job.config.train.microbatch_tokens, job.model.soft_prompt.num_user_tokens
     if job.model.packing is not None:
-        num_terms = job.objective.num_terms
+        num_terms = len(job.objective.terms)
         return cut_packs(indices, lambda i: num_terms * (job.rows[i].num_packed_tokens + num_soft), limit)
     copies = 1 if job.config.method == "sft" else 2
     return cut_microbatches(indices, lambda i: copies * (job.rows[i].num_tokens + num_soft), limit)
@@ -197,22 +199,30 @@ def _count_(progress: Progress, result: StepResult, num_rows: int, seconds: floa
         )
 
 
-def _make_reference(job: Job, stop: StopFlag) -> Callable[[Batch], Any]:
-    """Reference log-probs of the rows that the run trains on.
-
-    Of all of them after a resume too: what stands beside a row changes its last bits, and a resume is bitwise.
-    """
+def _make_reference(job: Job, cache: Path, stop: StopFlag) -> Callable[[Batch], Any]:
+    """Reference log-probs of the rows that the run trains on, looked for in a cache that runs share."""
     if job.reference is None:
         return no_reference
     if job.config.model.reference == "live":
         return LiveReference(job.reference)
     needed = job.sampler.rows_of_first_steps(job.max_steps)
+    microbatch_tokens = job.config.train.microbatch_tokens
+    identity = {
+        "weights": job.model.base_sha256,
+        "dtype": job.config.model.dtype,
+        "precision": job.config.train.precision,
+        "packed": job.model.packing is not None,
+        "microbatch_tokens": microbatch_tokens,
+        "device": job.model.device.type,
+        "torch": torch.__version__,
+    }
     return compute_reference_table(
         job.reference,
         cast(Sequence[TokenizedPair | TokenizedLabelled], [row for i, row in enumerate(job.rows) if i in needed]),
         pad_id=job.pad_id,
-        microbatch_tokens=job.config.train.microbatch_tokens,
+        microbatch_tokens=microbatch_tokens,
         autocast=job.autocast,
+        cache=ReferenceCache(cache, identity),
         on_batch=stop.check,
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prlhf.data.collate import PairBatch, ResponseBatch
 from prlhf.data.context import ContextBatch, UserContexts
-from prlhf.data.records import GENERIC_USER_ID, UserIndex
+from prlhf.data.records import UserIndex
 from prlhf.models.backbone import input_embedding
 from prlhf.models.packing import Pack, Packing, Term, make_pack
 from prlhf.models.soft_prompt import SoftPromptAdapter
@@ -106,12 +106,6 @@ class PersonalizedModel(nn.Module, ABC):
         pack = make_pack(batch, terms, num_soft=num_soft, num_bos=self.soft_prompt.num_bos)
         values = self.packed_values(pack, self._packed_embeds(pack, terms))
         return [(values[numbers], tokens) for numbers, tokens in zip(pack.members, pack.tokens, strict=True)]
-
-    def both_terms(self, batch: PairBatch | ResponseBatch) -> list[tuple[Tensor, Tensor]]:
-        """`sequence_values` as each row's user, and as the generic user."""
-        generic = torch.full_like(batch.user_ids, GENERIC_USER_ID)
-        individual = Term(batch.user_ids, batch.context, shared=False)
-        return self.term_values(batch, [individual, Term(generic, None, shared=True)])
 
     @abstractmethod
     def padded_values(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +16,7 @@ from prlhf.data.context import ContextBatch
 from prlhf.losses import linear_token_logps, response_logps, response_token_counts
 from prlhf.models.backbone import decoder
 from prlhf.models.lora import adapters_disabled
-from prlhf.models.packing import Pack, packed_call
+from prlhf.models.packing import Pack, Term, packed_call
 from prlhf.models.personalized import PersonalizedModel
 
 
@@ -60,10 +60,9 @@ class PersonalizedPolicy(PersonalizedModel):
         """
         return _of_pairs(*self.sequence_logps(batch, user_ids, context))
 
-    def both_logps(self, batch: PairBatch) -> tuple[ResponseLogps, ResponseLogps]:
-        """`logps` as each row's user, and as the generic user."""
-        individual, generic = self.both_terms(batch)
-        return _of_pairs(*individual), _of_pairs(*generic)
+    def term_logps(self, batch: PairBatch, terms: Sequence[Term]) -> list[ResponseLogps]:
+        """`logps` of the batch read in several ways."""
+        return [_of_pairs(*values) for values in self.term_values(batch, terms)]
 
     def padded_values(
         self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None
@@ -115,6 +114,11 @@ class Reference:
             frozen.packing = policy.packing
             policy = frozen
         self._policy = policy
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self._policy.device
 
     @contextmanager
     def active(self) -> Iterator[PersonalizedPolicy]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,7 +12,7 @@ from prlhf.data.collate import IGNORE_INDEX, PairBatch, ResponseBatch
 from prlhf.data.context import ContextBatch
 from prlhf.losses import response_token_counts
 from prlhf.models.backbone import decoder, input_embedding
-from prlhf.models.packing import Pack, packed_call
+from prlhf.models.packing import Pack, Term, packed_call
 from prlhf.models.personalized import PersonalizedModel
 
 
@@ -56,10 +57,9 @@ class PersonalizedRewardModel(PersonalizedModel):
         """
         return ResponseScores(*self.sequence_scores(batch, user_ids, context).chunk(2))
 
-    def both_scores(self, batch: PairBatch) -> tuple[ResponseScores, ResponseScores]:
-        """`scores` as each row's user, and as the generic user."""
-        (individual, _), (generic, _) = self.both_terms(batch)
-        return ResponseScores(*individual.chunk(2)), ResponseScores(*generic.chunk(2))
+    def term_scores(self, batch: PairBatch, terms: Sequence[Term]) -> list[ResponseScores]:
+        """`scores` of the batch read in several ways."""
+        return [ResponseScores(*scores.chunk(2)) for scores, _ in self.term_values(batch, terms)]
 
     def padded_values(
         self, batch: PairBatch | ResponseBatch, user_ids: Tensor | None, context: ContextBatch | None = None

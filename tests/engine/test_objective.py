@@ -12,6 +12,7 @@ from torch import Tensor
 from prlhf.data.collate import collate_labelled, collate_pairs, collate_responses
 from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair, TokenizedResponse
 from prlhf.engine.objective import LOGP_FIGURES, REWARD_FIGURES, Objective, ReferenceLogps
+from prlhf.models.packing import Term
 from prlhf.models.policy import ResponseLogps
 
 PAIRS = collate_pairs([TokenizedPair(row, row + 1, (1,), (2, 3), (4,)) for row in range(2)], pad_id=0)
@@ -37,8 +38,8 @@ class HandMadePolicy:
         personal = user_ids is None or bool(user_ids.any())
         return ResponseLogps(*(INDIVIDUAL if personal else GENERIC), torch.tensor([2, 2]), torch.tensor([1, 1]))
 
-    def both_logps(self, batch: Any) -> tuple[ResponseLogps, ResponseLogps]:
-        return self.logps(batch, batch.user_ids), self.logps(batch, torch.zeros_like(batch.user_ids))
+    def term_logps(self, batch: Any, terms: list[Term]) -> list[ResponseLogps]:
+        return [self.logps(batch, term.user_ids) for term in terms]
 
     def sequence_logps(self, *args: Any) -> tuple[Tensor, Tensor]:
         assert args[-1] is None, "sft knows no user"
@@ -67,6 +68,28 @@ def test_pdpo_weighs_the_rows_user_and_the_generic_one() -> None:
     expected = [0.75 * softplus(-1.0) + 0.25 * softplus(0.0), 0.75 * softplus(0.5) + 0.25 * softplus(-1.5)]
     assert losses == pytest.approx(expected)
     assert asked == [[1, 2], [0, 0]]
+
+
+def test_the_generic_term_gets_no_context() -> None:
+    rows = [TokenizedPair(row, row + 1, (1,), (2, 3), (4,)) for row in range(2)]
+    batch = collate_pairs(rows, pad_id=2, contexts=[((5,),), ((6, 7),)])
+    individual, generic = Objective("pdpo").read_as(batch)
+    assert individual.user_ids is batch.user_ids and individual.context is batch.context
+    assert generic.user_ids is not None and generic.user_ids.tolist() == [0, 0] and generic.context is None
+    assert [(term.user_ids, term.context) for term in Objective("dpo").read_as(batch)] == [(None, None)]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "asked", "margins", "term"),
+    [(1.0, [[1, 2]], (2.0, -1.0), "individual/"), (0.0, [[0, 0]], (0.0, 3.0), "generic/")],
+)
+def test_a_term_without_weight_is_not_computed(alpha: float, asked: Any, margins: Any, term: str) -> None:
+    objective = Objective("pdpo", beta=0.5, alpha=alpha)
+    losses, sums, seen = losses_of(objective)
+    assert losses == pytest.approx([softplus(-0.5 * margin) for margin in margins])
+    assert seen == asked
+    assert set(sums) == set(objective.figure_names())
+    assert sums["rewards/margins"] == sums[f"{term}rewards/margins"] == pytest.approx(0.5 * sum(margins))
 
 
 def test_ipo_is_the_squared_distance_to_half_of_one_over_beta() -> None:
@@ -146,10 +169,10 @@ def test_orpo_is_the_nll_per_token_and_the_odds_ratio() -> None:
 class HandMadeUnpairedPolicy:
     """Log-probs of a liked and a disliked response, as the rows' users and as the generic one."""
 
-    def sequence_logps(self, batch: Any, user_ids: Tensor, context: None) -> tuple[Tensor, Tensor]:
+    def term_values(self, batch: Any, terms: list[Term]) -> list[tuple[Tensor, Tensor]]:
         assert batch.num_rows == 2
-        logps = torch.tensor([-3.0, -7.0] if user_ids.any() else [-5.0, -4.0])
-        return logps, torch.tensor([2, 2])
+        personal = [term.user_ids is not None and bool(term.user_ids.any()) for term in terms]
+        return [(torch.tensor([-3.0, -7.0] if each else [-5.0, -4.0]), torch.tensor([2, 2])) for each in personal]
 
 
 def test_kto_weighs_liked_and_disliked_rows_of_both_terms_against_the_kl_of_each() -> None:

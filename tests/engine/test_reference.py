@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from prlhf.data.collate import collate_pairs
 from prlhf.data.tokenize import TokenizedPair
-from prlhf.engine import trainer
+from prlhf.engine import reference, trainer
 from prlhf.engine.build import Job, build_job
-from prlhf.engine.reference import LiveReference, ReferenceTable, compute_reference_table
+from prlhf.engine.reference import LiveReference, ReferenceCache, ReferenceTable, compute_reference_table
 from prlhf.engine.trainer import train
+from prlhf.errors import RunDirError
 from prlhf.models.packing import Pack
 from prlhf.models.policy import PersonalizedPolicy
-from tests.tiny_run import THINGS, Tiny, perturbed_job, read_metrics
+from tests.tiny_run import THINGS, Tiny, perturb_, perturbed_job, read_metrics, write_model
 
 
 def table_of(job: Job, rows: Any = None, **options: Any) -> ReferenceTable:
@@ -41,8 +44,8 @@ def test_precomputed_equals_live(tiny: Tiny, settings: dict[str, Any]) -> None:
 
 
 def test_live_and_precomputed_runs_train_alike(tiny: Tiny, tmp_path: Path) -> None:
-    for reference in ("live", "precomputed"):
-        train(tiny.config(model__reference=reference, train__max_steps=2), tmp_path / reference)
+    for kind in ("live", "precomputed"):
+        train(tiny.config(model__reference=kind, train__max_steps=2), tmp_path / kind)
     for live, table in zip(read_metrics(tmp_path / "live"), read_metrics(tmp_path / "precomputed"), strict=True):
         for name in ("loss", "grad_norm", "rewards/chosen", "generic/rewards/rejected"):
             assert live[name] == pytest.approx(table[name], abs=1e-5), name
@@ -95,6 +98,94 @@ def test_only_rows_that_steps_will_show_are_scored(tiny: Tiny, tmp_path: Path, m
     assert scored == [shown] and len(shown) < sampler.num_rows
     train(tiny.config(train__max_steps=40), tmp_path / "run")
     assert scored[1] == set(range(sampler.num_rows))
+
+
+def scored_sequences(packs: list[Pack]) -> int:
+    return sum(len(pack.last) for pack in packs)
+
+
+def test_a_kept_table_is_read_bitwise_and_nothing_is_scored_again(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "PART_SEQUENCES", 4)
+    job = build_job(tiny.config())
+    packs = record_packs(monkeypatch)
+    cache = ReferenceCache(tmp_path / "cache", {"weights": job.model.base_sha256})
+    first = table_of(job, cache=cache)
+    assert scored_sequences(packs) == 2 * len(THINGS)
+    packs.clear()
+    second = table_of(perturb_(job), cache=cache)
+    assert not packs
+    assert torch.equal(first.chosen, second.chosen) and torch.equal(first.rejected, second.rejected)
+
+
+def test_other_weights_or_other_tokens_are_scored_anew(tiny: Tiny, tmp_path: Path) -> None:
+    def kept() -> set[Path]:
+        return set((tmp_path / ".reference").iterdir())
+
+    config = tiny.config(train__max_steps=2)
+    train(config, tmp_path / "run")
+    before = kept()
+    train(replace(config, user=replace(config.user, num_user_tokens=5)), tmp_path / "users")
+    assert kept() == before, "the reference has no soft prompt"
+    train(replace(config, train=replace(config.train, precision="bf16")), tmp_path / "bf16")
+    assert len(kept()) == 2 * len(before)
+    other = Tiny(write_model(tmp_path / "model", seed=1), tiny.data).config(train__max_steps=2)
+    train(other, tmp_path / "other")
+    assert len(kept()) == 3 * len(before)
+    train(tiny.config(train__max_steps=2, data__max_prompt_tokens=8), tmp_path / "cut")
+    assert len(kept()) == 4 * len(before)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "flipped bit", "of another part", "of another shape"])
+def test_a_damaged_file_is_computed_again(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    job = build_job(tiny.config())
+    cache = ReferenceCache(tmp_path, {})
+    first = table_of(job, cache=cache)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[-40] ^= 1  # in the log-probs: the last 32 bytes are their hash
+    if damage == "of another shape":
+        table_of(job, job.rows[:2], cache=cache)
+        (other,) = set(tmp_path.iterdir()) - {path}
+        other.replace(path)
+    elif damage == "of another part":
+        save_file({"logps": torch.zeros(2 * len(THINGS)), "sha256": torch.zeros(32, dtype=torch.uint8)}, path)
+    else:
+        path.write_bytes({"empty": b"", "half": whole[: len(whole) // 2]}.get(damage, bytes(changed)))
+    again = table_of(job, cache=cache)
+    assert torch.equal(first.chosen, again.chosen) and torch.equal(first.rejected, again.rejected)
+    assert "damaged" in caplog.text
+    assert path.read_bytes() == whole
+
+
+def test_a_pass_that_was_stopped_goes_on_where_it_was(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "PART_SEQUENCES", 4)
+    job = build_job(tiny.config())
+    cache = ReferenceCache(tmp_path, {})
+    packs = record_packs(monkeypatch)
+
+    def stop() -> None:
+        if len(packs) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        table_of(job, cache=cache, on_batch=stop)
+    assert len(list(tmp_path.iterdir())) == 3
+    stopped = table_of(job, cache=cache)
+    assert scored_sequences(packs) == 2 * len(THINGS), "no part was scored twice"
+    assert torch.equal(stopped.chosen, table_of(job).chosen)
+
+
+def test_an_unwritable_cache_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="cannot be written"):
+        table_of(build_job(tiny.config()), cache=ReferenceCache(tmp_path / "file", {}))
 
 
 def test_a_table_of_no_rows_is_empty(tiny: Tiny) -> None:

@@ -308,8 +308,8 @@ def break_reference(monkeypatch: pytest.MonkeyPatch, is_broken: Callable[[int], 
     make_reference = trainer._make_reference
     calls = []
 
-    def broken(job: Any, stop: Any) -> Callable[[Batch], ReferenceLogps]:
-        reference = make_reference(job, stop)
+    def broken(job: Any, *args: Any) -> Callable[[Batch], ReferenceLogps]:
+        reference = make_reference(job, *args)
 
         def look_up(batch: Batch) -> ReferenceLogps:
             calls.append(batch)

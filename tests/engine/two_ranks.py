@@ -103,7 +103,7 @@ def nan_loss_(job: Job) -> None:
     sound = job.objective
 
     class Broken:
-        num_terms = sound.num_terms
+        terms = sound.terms
         is_unpaired = False
 
         def __call__(self, policy: Any, batch: Any, reference: ReferenceLogps, kl: None) -> RowLosses:
@@ -143,8 +143,8 @@ def run_of_nans(tiny: Tiny, run_dir: Path) -> list[str]:
     """Rank 1 has a broken reference from the start."""
     make_reference = trainer._make_reference
 
-    def broken(job: Job, stop: Any) -> Callable[[Batch], Any]:
-        reference = make_reference(job, stop)
+    def broken(job: Job, *args: Any) -> Callable[[Batch], Any]:
+        reference = make_reference(job, *args)
         return (lambda batch: ReferenceLogps(*(x * float("nan") for x in reference(batch)))) if rank() else reference
 
     try:

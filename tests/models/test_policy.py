@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from prlhf.data.collate import collate_pairs, collate_responses
+from prlhf.data.collate import collate_responses
 from prlhf.data.tokenize import TokenizedResponse
 from prlhf.models.backbone import input_embedding
 from prlhf.models.policy import PersonalizedPolicy, Reference, ResponseLogps
@@ -140,17 +140,6 @@ def test_a_frozen_copy_is_trained_by_nobody_and_stays_in_evaluation_mode():
             pass
         assert not frozen.backbone.training
     assert set(policy.trainable()) == names
-
-
-def test_the_generic_term_gets_no_context(monkeypatch):
-    policy = tiny_policy()
-    rows = make_rows(policy)[:2]
-    batch = collate_pairs(rows, pad_id=2, contexts=[((5,),), ((6, 7),)])
-    terms = []
-    monkeypatch.setattr(policy, "term_values", lambda batch, given: terms.extend(given))
-    policy.both_terms(batch)
-    assert [term.context for term in terms] == [batch.context, None]
-    assert [term.user_ids.tolist() for term in terms] == [[1, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("variant", ["plain", "no_bos"])
