@@ -63,7 +63,7 @@ test-slow: $(INSTALLED) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 bench: $(INSTALLED) ## Time training steps: packed rows, padded rows, the authors' way [ARGS="--repeats 5 --shapes tldr"]
-	$(BIN)/python benchmarks/cpu.py $(ARGS)
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

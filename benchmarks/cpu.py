@@ -1,24 +1,30 @@
-"""Training steps on this machine: packed rows against padded rows and the authors' way, on the same rows.
+"""Training steps on this machine: packed rows against padded rows, the authors' way and TRL, on the same rows.
 
-    python benchmarks/cpu.py --repeats 5 --out benchmarks.json
+    python -m benchmarks.cpu --repeats 5 --out benchmarks.json      # with TRL where it is installed (extra `bench`)
 
 All ways run in one process, in random order within a repeat, so that a noisy machine disturbs them alike; what is
 reported is the median over repeats of the ratio of rows/s. A step is 4 rows, both terms of P-DPO, and one fused AdamW
 step. The authors' way repeats every row for the generic user, pads all 8 rows x 2 responses to one length, computes
-logits at every position, and runs the reference in each step; the other two know the reference's log-probs beforehand.
+logits at every position, and runs the reference in each step. "trl" is TRL's DPOTrainer on the repeated rows, and
+"trl_pre" the same with known log-probs of the reference, as packed and padded have them. Peak memory is that of a
+process for each way.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.trl_way import TrlSteps
 from prlhf.data.collate import PairBatch, collate_pairs
 from prlhf.data.records import UserIndex
 from prlhf.data.tokenize import TokenizedPair
@@ -42,6 +49,7 @@ from prlhf.models.packing import Packing, set_up_packing_
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.usermodel import IndividualUserModel
 
+ROOT = Path(__file__).resolve().parents[1]
 # Mean tokens of prompt, chosen and rejected response; lengths are log-normal.
 SHAPES = {"tldr": (348, 35, 35), "psoups": (61, 198, 198), "prism": (245, 142, 143)}
 SPREAD = 0.35
@@ -54,14 +62,21 @@ PROBES = ((2048, 2048, 2048), (4000, 384, 1024), (4000, 1024, 384), (800, 384, 3
 
 @dataclass
 class Bench:
-    """A policy in training."""
+    """A policy in training, and the same one in TRL's hands."""
 
     policy: PersonalizedPolicy
     packing: Packing
-    optimizer: torch.optim.Optimizer
+    trl: TrlSteps | None
+    optimizers: list[torch.optim.Optimizer]
+
+    def update(self) -> None:
+        """One step with whatever gradients there are."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
 
-def make_bench(*, lora: bool) -> Bench:
+def make_bench(*, lora: bool, with_trl: bool = False) -> Bench:
     """A Llama of 26.4 M parameters with random weights."""
     config = LlamaConfig(
         hidden_size=384, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=6, intermediate_size=1024,
@@ -71,6 +86,7 @@ def make_bench(*, lora: bool) -> Bench:
     backbone = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     packing = set_up_packing_(backbone)
     assert isinstance(packing, Packing), packing
+    trl = TrlSteps(backbone, lora=lora, beta=BETA, num_user_tokens=NUM_USER_TOKENS) if with_trl else None
     if lora:
         add_lora_(backbone, rank=8, alpha=16.0, dropout=0.0, targets="auto")
     encoder = IndividualUserModel(num_users=NUM_USERS, num_user_tokens=NUM_USER_TOKENS, dim=384)
@@ -78,7 +94,8 @@ def make_bench(*, lora: bool) -> Bench:
     users = UserIndex([f"u{i}" for i in range(NUM_USERS)])
     policy = PersonalizedPolicy(backbone, SimpleNamespace(bos_token_id=1), user_encoder=encoder, users=users)
     policy.reference = Reference(policy, frozen_copy=not lora)
-    return Bench(policy, packing, torch.optim.AdamW(policy.trainable().values(), lr=1e-5, fused=True))
+    trained = [list(policy.trainable().values()), *([trl.parameters()] if trl else [])]
+    return Bench(policy, packing, trl, [torch.optim.AdamW(each, lr=1e-5, fused=True) for each in trained])
 
 
 def draw_rows(shape: str, rng: np.random.Generator) -> list[TokenizedPair]:
@@ -95,15 +112,30 @@ def draw_rows(shape: str, rng: np.random.Generator) -> list[TokenizedPair]:
     ]
 
 
-def prlhf_losses(bench: Bench, batch: PairBatch, reference: ReferenceLogps, *, packed: bool) -> Tensor:
+@dataclass(frozen=True)
+class Step:
+    """One step's rows, collated, and what is known of them beforehand."""
+
+    rows: list[TokenizedPair]
+    batch: PairBatch
+    reference: ReferenceLogps
+
+
+def make_step(bench: Bench, rows: list[TokenizedPair]) -> Step:
+    """The step of these rows."""
+    batch = collate_pairs(rows, pad_id=0)
+    return Step(rows, batch, LiveReference(bench.policy.reference)(batch))
+
+
+def prlhf_losses(bench: Bench, step: Step, *, packed: bool) -> Tensor:
     """P-DPO as prlhf computes it."""
     bench.policy.packing = bench.packing if packed else None
-    return Objective("pdpo", beta=BETA, alpha=ALPHA)(bench.policy, batch, reference).losses
+    return Objective("pdpo", beta=BETA, alpha=ALPHA)(bench.policy, step.batch, step.reference).losses
 
 
-def authors_losses(bench: Bench, batch: PairBatch, _: ReferenceLogps) -> Tensor:
+def authors_losses(bench: Bench, step: Step) -> Tensor:
     """P-DPO as the authors' code computes it."""
-    policy = bench.policy
+    policy, batch = bench.policy, step.batch
     user_ids = torch.cat([batch.user_ids, torch.zeros_like(batch.user_ids)])
     chosen, rejected = batch.input_ids.chunk(2)
     chosen_labels, rejected_labels = batch.labels.chunk(2)
@@ -134,20 +166,48 @@ def authors_losses(bench: Bench, batch: PairBatch, _: ReferenceLogps) -> Tensor:
     ).losses
 
 
-WAYS: dict[str, Callable[[Bench, PairBatch, ReferenceLogps], Tensor]] = {
-    "packed": lambda bench, batch, reference: prlhf_losses(bench, batch, reference, packed=True),
-    "padded": lambda bench, batch, reference: prlhf_losses(bench, batch, reference, packed=False),
+def trl_losses(bench: Bench, step: Step, *, precomputed: bool) -> Tensor:
+    """The mean that TRL trains."""
+    assert bench.trl is not None
+    return bench.trl.loss(step.rows, step.reference if precomputed else None)
+
+
+WAYS: dict[str, Callable[[Bench, Step], Tensor]] = {
+    "packed": partial(prlhf_losses, packed=True),
+    "padded": partial(prlhf_losses, packed=False),
     "authors": authors_losses,
+    "trl": partial(trl_losses, precomputed=False),
+    "trl_pre": partial(trl_losses, precomputed=True),
 }
+TRL_WAYS = ("trl", "trl_pre")
 
 
-def time_step(bench: Bench, way: str, batch: PairBatch, reference: ReferenceLogps) -> float:
+def ways_here() -> list[str]:
+    """Those that can be run: TRL's where it is installed."""
+    has_trl = all(importlib.util.find_spec(name) for name in ("trl", "peft"))
+    return [way for way in WAYS if has_trl or way not in TRL_WAYS]
+
+
+def time_step(bench: Bench, way: str, step: Step) -> float:
     """Seconds of one optimizer step."""
     began = time.perf_counter()
-    WAYS[way](bench, batch, reference).mean().backward()
-    bench.optimizer.step()
-    bench.optimizer.zero_grad(set_to_none=True)
+    WAYS[way](bench, step).mean().backward()
+    bench.update()
     return time.perf_counter() - began
+
+
+def peak_memory(way: str, shape: str, *, lora: bool, threads: int) -> float:
+    """GiB that a process of its own takes at most over three steps of a way."""
+    command = [sys.executable, "-m", "benchmarks.cpu", "--probe", way, shape, str(int(lora)), "--threads", str(threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+
+
+def probe_memory(way: str, shape: str, *, lora: bool) -> float:
+    """GiB of this process after three steps of a way."""
+    bench, rng = make_bench(lora=lora, with_trl=way in TRL_WAYS), np.random.default_rng(0)
+    for _ in range(3):
+        time_step(bench, way, make_step(bench, draw_rows(shape, rng)))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def useful_flops(rows: Sequence[TokenizedPair], *, lora: bool) -> float:
@@ -176,24 +236,23 @@ def matmul_rate() -> float:
     return statistics.median(rates)
 
 
-def measure(shape: str, *, lora: bool, repeats: int, seed: int) -> dict[str, Any]:
+def measure(shape: str, *, lora: bool, repeats: int, seed: int, threads: int) -> dict[str, Any]:
     """Medians over repeats; every way sees the same rows."""
-    bench, rng = make_bench(lora=lora), np.random.default_rng(seed)
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    ways = ways_here()
+    bench, rng = make_bench(lora=lora, with_trl="trl" in ways), np.random.default_rng(seed)
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     shares = []
     for repeat in range(repeats + 1):
-        rows = draw_rows(shape, rng)
-        batch, rate = collate_pairs(rows, pad_id=0), matmul_rate()
-        reference = LiveReference(bench.policy.reference)(batch)
-        for way in rng.permutation(list(WAYS)).tolist():
-            taken = time_step(bench, way, batch, reference)
+        rate, step = matmul_rate(), make_step(bench, draw_rows(shape, rng))
+        for way in rng.permutation(ways).tolist():
+            taken = time_step(bench, way, step)
             if repeat:  # the first one warms up
                 seconds[way].append(taken)
         if repeat:
-            shares.append(useful_flops(rows, lora=lora) / seconds["packed"][-1] / rate)
+            shares.append(useful_flops(step.rows, lora=lora) / seconds["packed"][-1] / rate)
     ratios = {
         way: statistics.median(other / own for other, own in zip(seconds[way], seconds["packed"], strict=True))
-        for way in WAYS
+        for way in ways
     }
     return {
         "shape": shape,
@@ -201,20 +260,23 @@ def measure(shape: str, *, lora: bool, repeats: int, seed: int) -> dict[str, Any
         "rows_per_s": {way: BATCH_ROWS / statistics.median(values) for way, values in seconds.items()},
         "packed_over": {way: ratio for way, ratio in ratios.items() if way != "packed"},
         "share_of_matmul_rate": statistics.median(shares),
+        "peak_gib": {way: peak_memory(way, shape, lora=lora, threads=threads) for way in ways},
     }
 
 
 def format_results(results: Sequence[dict[str, Any]]) -> str:
     """One row a shape and kind of training."""
-    header = ["shape", "trained", "packed, rows/s", "over padded", "over the authors' way", "share of the matmul rate"]
+    others = [way for way in WAYS if way in results[0]["packed_over"]]
+    header = ["shape", "trained", "packed, rows/s", *(f"over {way}" for way in others), "share of the matmul rate",
+              "packed, GiB", *(f"{way}, GiB" for way in others)]
     rows = [
         [
             result["shape"],
             result["train"],
             f"{result['rows_per_s']['packed']:.2f}",
-            f"{result['packed_over']['padded']:.2f}",
-            f"{result['packed_over']['authors']:.2f}",
+            *(f"{result['packed_over'][way]:.2f}" for way in others),
             f"{result['share_of_matmul_rate']:.2f}",
+            *(f"{result['peak_gib'][way]:.2f}" for way in ("packed", *others)),
         ]
         for result in results
     ]
@@ -228,11 +290,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--probe", nargs=3, metavar=("WAY", "SHAPE", "LORA"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.probe:
+        way, shape, lora = args.probe
+        sys.stdout.write(f"{probe_memory(way, shape, lora=lora == '1')}\n")
+        return
     results = [
-        measure(shape, lora=lora, repeats=args.repeats, seed=args.seed)
+        measure(shape, lora=lora, repeats=args.repeats, seed=args.seed, threads=args.threads)
         for lora in (True, False)
         for shape in args.shapes
     ]

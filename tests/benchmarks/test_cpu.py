@@ -9,22 +9,43 @@ import torch
 from benchmarks import cpu
 
 
+def gradient_of(bench: cpu.Bench, way: str, step: cpu.Step) -> tuple[torch.Tensor, torch.Tensor]:
+    losses = cpu.WAYS[way](bench, step)
+    losses.mean().backward()
+    trained = bench.policy.trainable().values()
+    gradient = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+    for optimizer in bench.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return losses, gradient
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
 def test_all_ways_give_the_same_losses_and_gradients(lora: bool) -> None:
     bench = cpu.make_bench(lora=lora)
-    batch = cpu.collate_pairs(cpu.draw_rows("psoups", np.random.default_rng(0))[:1], pad_id=0)
-    reference = cpu.LiveReference(bench.policy.reference)(batch)
-    losses, gradients = {}, {}
-    for way, losses_of in cpu.WAYS.items():
-        losses[way] = losses_of(bench, batch, reference)
-        losses[way].mean().backward()
-        trained = bench.policy.trainable().values()
-        gradients[way] = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
-        bench.optimizer.zero_grad(set_to_none=True)
+    step = cpu.make_step(bench, cpu.draw_rows("psoups", np.random.default_rng(0))[:1])
+    expected, gradient = gradient_of(bench, "packed", step)
     for way in ("padded", "authors"):
-        torch.testing.assert_close(losses[way], losses["packed"], rtol=1e-4, atol=1e-4)
-        assert (gradients[way] - gradients["packed"]).norm() < 1e-3 * gradients["packed"].norm()
+        losses, other = gradient_of(bench, way, step)
+        torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+        assert (other - gradient).norm() < 1e-3 * gradient.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.peer
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_trl_starts_where_its_reference_is_and_knows_it_beforehand_or_not(lora: bool) -> None:
+    pytest.importorskip("trl")
+    bench = cpu.make_bench(lora=lora, with_trl=True)
+    assert bench.trl is not None
+    step = cpu.make_step(bench, cpu.draw_rows("tldr", np.random.default_rng(0))[:2])
+    loss = cpu.WAYS["trl"](bench, step)
+    assert loss.item() == pytest.approx(np.log(2), abs=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in bench.trl.parameters())
+    shifted = cpu.ReferenceLogps(step.reference.chosen + 1.0, step.reference.rejected)
+    known = bench.trl.loss(step.rows, step.reference)
+    assert bench.trl.loss(step.rows, shifted).item() > known.item()
 
 
 def test_useful_flops_are_those_of_a_hand_count() -> None:
