@@ -65,6 +65,11 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--out", type=Path, metavar="F", help="JSONL of the scores (default: the terminal)")
     score.set_defaults(run=_score)
 
+    from prlhf.serving.commands import add_export_arguments, run_export
+
+    export = commands.add_parser("export", help="a policy as files for PEFT, transformers or vLLM")
+    add_export_arguments(export)
+    export.set_defaults(run=run_export)
     _add_generation_commands(commands)
     _add_data_commands(commands)
     commands.add_parser("env", help="print versions and hardware").set_defaults(run=_env)
