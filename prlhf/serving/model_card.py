@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prlhf.errors import DataError
-from prlhf.evaluation.report import load_final
+from prlhf.evaluation.run_files import final_beside
 from prlhf.models import PersonalizedPolicy
 
 USES = {
@@ -57,7 +56,7 @@ def model_card(
     run = checkpoint.resolve().parents[1] if checkpoint.resolve().parent.name == "checkpoints" else checkpoint
     rank = next((size for size in VLLM_RANKS if size >= (spec["lora_rank"] or 0)), VLLM_RANKS[-1])
     use = USES[kind].format(base=base, dtype=spec["dtype"], rank=rank, name=run.name)
-    final = _final_of(run, state["step"])
+    final = final_beside(checkpoint)
     front = {
         "license": "apache-2.0" if is_builtin else "other",
         **({} if is_builtin else {"base_model": json.dumps(spec["backbone"])}),
@@ -98,15 +97,6 @@ A language model that answers each of its users in that user's way, trained with
 
 {_privacy(policy)}
 """
-
-
-def _final_of(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """The final evaluation of the run that a checkpoint lies in, if it is of this step."""
-    try:
-        final = load_final(run_dir)
-    except DataError:
-        return None
-    return final if final.get("step") == step else None
 
 
 def _trained(spec: Mapping[str, Any]) -> str:
