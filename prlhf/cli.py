@@ -65,6 +65,18 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--out", type=Path, metavar="F", help="JSONL of the scores (default: the terminal)")
     score.set_defaults(run=_score)
 
+    from prlhf.adapt.commands import add_forget_arguments, run_forget
+    from prlhf.serving.commands import add_export_arguments, add_users_arguments, run_export, run_users
+
+    forget = commands.add_parser("forget", help="take a user out of a run, a checkpoint or an adapted model")
+    add_forget_arguments(forget)
+    forget.set_defaults(run=run_forget)
+    export = commands.add_parser("export", help="a policy as files for PEFT, transformers or vLLM")
+    add_export_arguments(export)
+    export.set_defaults(run=run_export)
+    users = commands.add_parser("users", help="who is served how well, who is like whom, a map of the users")
+    add_users_arguments(users)
+    users.set_defaults(run=run_users)
     _add_generation_commands(commands)
     _add_data_commands(commands)
     commands.add_parser("env", help="print versions and hardware").set_defaults(run=_env)

@@ -23,16 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    unmet = {
-        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
-        "peer": None
-        if importlib.util.find_spec("peft") and importlib.util.find_spec("trl")
-        else "needs peft and trl: pip install -c constraints.txt peft trl",
-    }
     for item in items:
-        for marker, reason in unmet.items():
-            if reason and item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        peer = item.get_closest_marker("peer")
+        missing = [name for name in peer.args if not importlib.util.find_spec(name)] if peer else []
+        if missing:
+            reason = f"needs {' and '.join(missing)}: pip install -c constraints.txt {' '.join(missing)}"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -109,6 +109,11 @@ class JudgedData(Generic[Row]):
             return list(self.declared_users)
         return list(dict.fromkeys(row.user_id for row in self.train))
 
+    def all_user_ids(self) -> set[str]:
+        """Users of any row, and declared ones."""
+        splits: tuple[list[Row], ...] = (self.train, self.dev, self.eval_seen, self.eval_unseen)
+        return {*self.user_ids(), *(row.user_id for split in splits for row in split)}
+
     def user_texts(self) -> dict[str, str]:
         """What is known about each user in words; users without a text, or with several, are left out."""
         texts: dict[str, set[str]] = {}

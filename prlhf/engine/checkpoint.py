@@ -159,7 +159,9 @@ def load_checkpoint_(
         wrong.append(
             f"{directory}: the base model's weights changed since; restore them or start a run of another name"
         )
-    if state["data_sha256"] != data_sha256:
+    if state["data_sha256"] is None:
+        logger.warning("%s: a user was forgotten, so the training data is not compared with the run's", directory)
+    elif state["data_sha256"] != data_sha256:
         wrong.append(f"{directory}: the training data changed since; restore it or start a run of another name")
     if read_json(directory / USER_IDS)["user_ids"] != users:
         wrong.append(f"{directory}: the users changed since; restore the data or start a run of another name")

@@ -36,6 +36,7 @@ from prlhf.engine.optim import set_learning_rate_, warmup_cosine
 from prlhf.engine.reference import LiveReference, ReferenceCache, compute_reference_table, no_reference
 from prlhf.engine.run_dir import RunDir
 from prlhf.engine.step import Batch, StepResult, train_step_
+from prlhf.engine.tombstones import refuse_forgotten
 from prlhf.errors import Preempted, PrlhfError, RunDirError
 from prlhf.evaluation.report import load_final
 from prlhf.models.lora import scale_adapters_
@@ -74,6 +75,8 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
             logger.info("%s is finished; nothing to do. To train anew choose another name=", run_dir)
             return load_final(run_dir)
         job = build_job(config)
+        if job.preferences is not None:
+            refuse_forgotten([run_dir, *([] if checkpoint is None else [checkpoint])], job.preferences.all_user_ids())
         reference_of = _make_reference(job, run_dir.parent / REFERENCE_CACHE, stop)
         progress = Progress()
         if checkpoint is not None:

@@ -7,12 +7,14 @@ import importlib.util
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prlhf.errors import ConfigError
 from prlhf.evaluation.figure_data import Curve, UserFigures
+from prlhf.evaluation.users import KnownUser, UserMap
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")  # one more than colours: a pair of the two comes back after 56
@@ -36,10 +38,10 @@ STYLE: dict[Any, Any] = {  # matplotlib types its keys as literals
 }
 
 
-def require_matplotlib() -> None:
+def require_matplotlib(command: str = "prlhf report") -> None:
     """Raises: ConfigError: it is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("prlhf report: matplotlib is not installed, which draws the figures; pip install matplotlib")
+        raise ConfigError(f"{command}: matplotlib is not installed, which draws the figures; pip install matplotlib")
 
 
 @contextlib.contextmanager
@@ -61,6 +63,16 @@ def to_svg(draw: Callable[[Any], None]) -> str:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue().decode("utf-8")
+
+
+def save_png(draw: Callable[[Any], None], path: Path) -> None:
+    """Write a figure that `draw` fills, at 150 dots an inch."""
+    from matplotlib.figure import Figure
+
+    with _style():
+        figure = Figure(layout="constrained")
+        draw(figure)
+        figure.savefig(path, format="png", dpi=150)
 
 
 def shorten(text: str) -> str:
@@ -182,6 +194,39 @@ def _draw_sorted(figure: Any, series: Sequence[UserFigures], *, xlabel: str, sha
     axis.set_xlim(left=0)
     axis.set_xlabel("users, each series from its lowest to its highest")
     axis.set_ylabel(xlabel)
+    _legend(figure, [axis])
+
+
+def draw_map(figure: Any, places: UserMap, users: Sequence[KnownUser], *, by_cluster: bool) -> None:
+    """Users in a plane, coloured by cluster (each with a marker of its own) or by accuracy, and the generic user.
+
+    Args:
+        users: in the order of `places.users`; up to 40 are named.
+    """
+    figure.set_size_inches(WIDTH, 6.0)
+    axis = figure.subplots()
+    points = places.users.numpy()
+    if by_cluster:
+        for cluster in sorted({user.cluster for user in users if user.cluster is not None}):
+            members = points[[i for i, user in enumerate(users) if user.cluster == cluster]]
+            axis.scatter(*members.T, s=36, color=_colour(cluster), marker=_marker(cluster), label=f"cluster {cluster}")
+    else:
+        known = [i for i, user in enumerate(users) if user.accuracy is not None]
+        unknown = [i for i, user in enumerate(users) if user.accuracy is None]
+        axis.scatter(*points[unknown].T, s=36, color=GREY, label="not evaluated" if unknown else None)
+        if known:
+            shown = axis.scatter(*points[known].T, s=36, c=[users[i].accuracy for i in known], cmap="cividis",
+                                 edgecolors=GREY, linewidths=0.5)
+            figure.colorbar(shown, label="accuracy")
+    axis.scatter(*places.generic.numpy(), s=140, marker="*", color="#000000", label="generic user")
+    axis.annotate("generic user", places.generic.numpy(), xytext=(8, 6), textcoords="offset points", fontsize=8)
+    if len(users) <= MAX_LABELLED_USERS:
+        for rank, i in enumerate(points[:, 1].argsort()):  # names left and right in turn, so that fewer overlap
+            side: dict[str, Any] = {"xytext": (6, 3)} if rank % 2 == 0 else {"xytext": (-6, 3), "ha": "right"}
+            axis.annotate(shorten(users[i].user_id), points[i], textcoords="offset points", fontsize=8, **side)
+    axis.margins(0.12)
+    axis.set_xlabel(f"first component ({places.explained[0]:.0%} of the variance of the soft prompts)")
+    axis.set_ylabel(f"second component ({places.explained[1]:.0%})")
     _legend(figure, [axis])
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from prlhf.errors import DataError
 from prlhf.evaluation.report import load_final
+from prlhf.files import read_json
+from prlhf.models.assemble import STATE
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,15 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
         _read_run(folder, name if names.count(name) == 1 else str(folder))
         for folder, name in zip(folders, names, strict=True)
     ]
+
+
+def final_beside(checkpoint: Path) -> dict[str, Any] | None:
+    """The final evaluation of the run that a checkpoint lies in; None where there is none, or of another step."""
+    try:
+        final = load_final(checkpoint.resolve().parents[1])
+    except DataError:
+        return None
+    return final if final.get("step") == read_json(checkpoint / STATE)["step"] else None
 
 
 def _read_run(folder: Path, name: str) -> RunFiles:

@@ -126,6 +126,26 @@ def scale_adapters_(backbone: nn.Module, factor: float) -> None:
         layer.lora_B.mul_(factor)
 
 
+@torch.no_grad()
+def merge_lora_(backbone: nn.Module) -> None:
+    """Add every adapter to its base layer and take it out: the same function, up to rounding in the base's type."""
+    for path, layer in _lora_layers(backbone).items():
+        update = layer.scale * (layer.lora_B @ layer.lora_A)
+        weight = layer.base.weight
+        weight.copy_(weight.float() + (update.T if isinstance(layer.base, Conv1D) else update))
+        backbone.set_submodule(path, layer.base)
+
+
+def adapter_targets(backbone: nn.Module) -> list[str]:
+    """What PEFT's `target_modules` calls the wrapped layers: last parts of their paths where those mean no other
+    module, else whole paths.
+    """
+    paths = list(_lora_layers(backbone))
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    meant = {path for path, _ in backbone.named_modules() if path.rpartition(".")[2] in names}
+    return names if meant == set(paths) else paths
+
+
 @contextmanager
 def adapters_disabled(backbone: nn.Module) -> Iterator[None]:
     """Inside, the backbone computes what it did before `add_lora_`, bitwise: the reference of preference training."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.data.collate import PairBatch, ResponseBatch
-from prlhf.data.context import ContextBatch, UserContexts
-from prlhf.data.records import UserIndex
-from prlhf.models.backbone import input_embedding
+from prlhf.data.context import ContextBatch, UserContexts, collate_contexts
+from prlhf.data.records import GENERIC_USER_ID, UserIndex
+from prlhf.models.backbone import input_embedding, pad_token_id
 from prlhf.models.packing import Pack, Packing, Term, make_pack
 from prlhf.models.soft_prompt import SoftPromptAdapter
 from prlhf.usermodel import UserContext, UserModel
@@ -82,7 +82,7 @@ class PersonalizedModel(nn.Module, ABC):
         token_embeds = input_embedding(self.backbone)(input_ids)
         if user_ids is None:
             return token_embeds
-        soft_prompts = self._soft_prompts(user_ids, context)
+        soft_prompts = self.user_prompts(user_ids, context)
         return self.soft_prompt(token_embeds, soft_prompts if rows is None else soft_prompts[rows])
 
     def sequence_values(
@@ -125,12 +125,12 @@ class PersonalizedModel(nn.Module, ABC):
         parts = [input_embedding(self.backbone)(pack.token_ids)]
         for term in terms:
             if term.user_ids is not None:
-                soft_prompts = self._soft_prompts(term.user_ids, term.context)
+                soft_prompts = self.user_prompts(term.user_ids, term.context)
                 parts.append(soft_prompts.flatten(0, 1).to(parts[0].dtype))
         return torch.cat(parts)[pack.order][None]
 
-    def _soft_prompts(self, user_ids: Tensor, context: ContextBatch | None) -> Tensor:
-        """(B, T, D)."""
+    def user_prompts(self, user_ids: Tensor, context: ContextBatch | None) -> Tensor:
+        """Soft prompts (B, T, D) of users; arguments as for `input_embeds`."""
         if self.user_encoder is None:
             raise ValueError("user_ids were given, but this model has no user encoder; pass user_ids=None")
         if context is None:
@@ -139,6 +139,26 @@ class PersonalizedModel(nn.Module, ABC):
         with torch.no_grad():
             embedded = UserContext(input_embedding(self.backbone)(context.input_ids), context.lengths)
         return self.user_encoder(user_ids, embedded)
+
+    @torch.no_grad()
+    def known_prompts(self, *, batch_users: int = 64) -> Tensor:
+        """Soft prompts of the generic user, in row 0, and of every known one: (1 + U, T, D).
+
+        An encoder reads what it keeps of each user, whatever is asked.
+
+        Raises: ValueError: a model without users.
+        """
+        known = () if self.users is None else self.users.user_ids
+        parts = [self.user_prompts(torch.tensor([GENERIC_USER_ID], device=self.device), None)]
+        for start in range(0, len(known), batch_users):
+            members = known[start : start + batch_users]
+            user_ids = torch.arange(start + 1, start + 1 + len(members), device=self.device)
+            context = None
+            if self.contexts is not None:
+                contexts = [self.contexts.of_user(user_id, "") for user_id in members]
+                context = collate_contexts(contexts, pad_token_id(self.tokenizer)).to(self.device)
+            parts.append(self.user_prompts(user_ids, context))
+        return torch.cat(parts)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that training moves, by name."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prlhf.losses import bradley_terry_loss, dpo_loss, kto_loss, orpo_loss, simpo_loss
 
-pytestmark = pytest.mark.peer
+pytestmark = pytest.mark.peer("trl")
 
 NUM_ROWS, BETA = 16, 0.3
 EXACT = {"rtol": 1e-5, "atol": 1e-6}  # float32, the same sums in another order

@@ -259,7 +259,7 @@ def _peft_model(family: str, targets: str | list[str]) -> nn.Module:
         return peft.get_peft_model(tiny_model(family), config).eval()
 
 
-@pytest.mark.peer
+@pytest.mark.peer("peft")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_key_names_and_shapes_are_those_of_peft(family):
     """PEFT's own choice of all linear layers but the output one; it adds OPT's projections outside the blocks."""
@@ -270,7 +270,7 @@ def test_key_names_and_shapes_are_those_of_peft(family):
     assert {key: tensor.shape for key, tensor in lora_state_dict(_trained(family)).items()} == expected
 
 
-@pytest.mark.peer
+@pytest.mark.peer("peft")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_state_dict_loads_into_peft_and_gives_the_same_logits(family):
     import peft

@@ -1,0 +1,1 @@
+"""Users who come and go after training."""

@@ -1,0 +1,153 @@
+"""A checkpoint without one of its users: the other rows stay bitwise, and the directory changes in one rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prlhf.adapt.scrub import scrub
+from prlhf.engine.checkpoint import OPTIMIZER
+from prlhf.engine.optim import ROW_TABLES
+from prlhf.engine.run_dir import LOCK
+from prlhf.engine.tombstones import TOMBSTONES
+from prlhf.errors import CheckpointError
+from prlhf.files import (
+    MANIFEST,
+    find_damage,
+    fsync_path,
+    publish_directory,
+    read_json,
+    remove_directories,
+    seal_directory,
+    write_json_atomic,
+)
+from prlhf.models.assemble import CONTEXTS, STATE, USER_IDS, USERS, read_tensors
+
+RECEIPT = "forgotten-{tag}.json"
+# JSON of ours; a tokenizer's own may hold any word as a key.
+SCRUBBED = (USER_IDS, CONTEXTS, "adapt*.json", "feedback*.json")
+PREFIX = ".forget-"
+NEW, OLD = f"{PREFIX}new-", f"{PREFIX}old-"
+
+
+def find_user(checkpoint: Path, user_id: str) -> list[str]:
+    """The files of a checkpoint from which forgetting a user would take something.
+
+    Raises: CheckpointError: damaged, or the user is the only one of the model.
+    """
+    users = read_json(checkpoint / USER_IDS)["user_ids"]
+    files = [path.name for path in _json_files(checkpoint) if scrub(read_json(path), user_id)[1]]
+    if user_id in users:
+        files += [name for name, tables in _tables(checkpoint, len(users)).items() if tables]
+    if not files:
+        return files
+    damage = find_damage(checkpoint)
+    if damage:
+        raise CheckpointError(*(f"{line}; delete the checkpoint, which holds the user and cannot be used, and call "
+                                "prlhf forget again" for line in damage))
+    if users == [user_id]:
+        raise CheckpointError(f"{checkpoint}: the user is the only one of this model; delete it with all it holds")
+    return files
+
+
+def remove_user(checkpoint: Path, user_id: str) -> None:
+    """Replace a checkpoint by one without the user, sealed anew; files that stay as they are become links.
+
+    Training data is no longer compared on resume, as it must change, too.
+    """
+    users = read_json(checkpoint / USER_IDS)["user_ids"]
+    new = checkpoint.with_name(f"{NEW}{checkpoint.name}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    values: dict[str, Any] = {path.name: scrub(read_json(path), user_id)[0] for path in _json_files(checkpoint)}
+    values[STATE] = {**read_json(checkpoint / STATE), "data_sha256": None}
+    tensors = {}
+    if user_id in users:
+        tensors = {
+            name: _without_row(read_tensors(checkpoint / name), tables, users.index(user_id), len(users))
+            for name, tables in _tables(checkpoint, len(users)).items()
+            if tables
+        }
+    unsealed = []
+    for path in sorted(checkpoint.iterdir()):
+        if path.name in values:
+            write_json_atomic(new / path.name, values[path.name])
+        elif path.name in tensors:
+            save_file(tensors[path.name], new / path.name)
+        elif path.name == TOMBSTONES or path.match(RECEIPT.format(tag="*")):
+            unsealed.append(path)
+        elif path.name not in (MANIFEST, LOCK) and not path.name.startswith("."):
+            _link(path, new / path.name)
+    seal_directory(new)
+    for path in unsealed:  # they change while the rest does not
+        shutil.copyfile(path, new / path.name)
+        fsync_path(new / path.name)
+    old = checkpoint.with_name(f"{OLD}{checkpoint.name}")
+    checkpoint.rename(old)
+    publish_directory(new, checkpoint)
+    remove_directories([old])
+
+
+def compares_data(checkpoint: Path) -> bool:
+    """Whether a resume would ask for the very data that the checkpoint was trained on."""
+    return read_json(checkpoint / STATE).get("data_sha256") is not None
+
+
+def finish_rename(checkpoint: Path) -> None:
+    """Bring to its end what `remove_user` had begun when it was killed; the checkpoint is the old one or the new."""
+    new, old = checkpoint.with_name(f"{NEW}{checkpoint.name}"), checkpoint.with_name(f"{OLD}{checkpoint.name}")
+    if old.is_dir() and not checkpoint.exists():
+        publish_directory(new, checkpoint)
+    remove_directories([old, new])
+
+
+def finish_renames(parent: Path) -> None:
+    """`finish_rename` of every checkpoint of a folder."""
+    for path in parent.glob(f"{PREFIX}*"):
+        finish_rename(parent / path.name.removeprefix(NEW).removeprefix(OLD))
+
+
+def _json_files(checkpoint: Path) -> list[Path]:
+    return sorted(path for pattern in SCRUBBED for path in checkpoint.glob(pattern))
+
+
+def _tables(checkpoint: Path, num_users: int) -> dict[str, list[str]]:
+    """File -> its tensors with a row a user: the users' own, and their moments and step counts."""
+    tables = {}
+    for name, prefix in ((USERS, "user_encoder."), (OPTIMIZER, "")):
+        if (checkpoint / name).is_file():
+            tables[name] = [
+                key
+                for key, tensor in read_tensors(checkpoint / name).items()
+                if any(f"{prefix}{key}.".startswith(f"{table}.") for table in ROW_TABLES)
+                and tensor.dim() > 0
+                and len(tensor) >= num_users
+            ]
+    return tables
+
+
+def _without_row(tensors: dict[str, Tensor], tables: list[str], place: int, num_users: int) -> dict[str, Tensor]:
+    """The tensors without the user's row; a table with a row more than there are users starts with the generic one.
+
+    Args:
+        place: of the user in the list of users, from 0.
+    """
+    kept = dict(tensors)
+    for key in tables:
+        table = tensors[key]
+        row = place + len(table) - num_users
+        kept[key] = table.new_empty((len(table) - 1, *table.shape[1:]))
+        kept[key][:row], kept[key][row:] = table[:row], table[row + 1 :]
+    return kept
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a disk without links
+        shutil.copyfile(source, target)

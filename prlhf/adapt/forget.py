@@ -1,0 +1,199 @@
+"""Forgetting a user: everything that is the user's alone goes, in steps that may be interrupted and taken again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prlhf.adapt.checkpoint_rows import RECEIPT, compares_data, find_user, finish_rename, finish_renames, remove_user
+from prlhf.adapt.scrub import (
+    count_changed_lines,
+    drop_row,
+    names,
+    rewrite_lines,
+    scrub,
+    scrub_line,
+    strings,
+)
+from prlhf.data.jsonl import read_jsonl
+from prlhf.data.prepared import USERS_FILE
+from prlhf.data.quoting import quote
+from prlhf.engine.checkpoint import CONFIG, remove_stale_temporaries
+from prlhf.engine.run_dir import STATUS, RunDir
+from prlhf.engine.tombstones import TOMBSTONES, Tombstones
+from prlhf.errors import CheckpointError, DataError
+from prlhf.files import read_json, write_json_atomic
+from prlhf.models.assemble import CONTEXTS, STATE
+
+REMAINS = (
+    "Shared weights (adapters or backbone, the generic soft prompt, clusters, an encoder) that were trained on the "
+    "user's rows keep their influence; training anew without the rows removes it. A user added by prlhf adapt leaves "
+    "none: it changes no shared weight.",
+    "Means over users and rows in metrics and evaluations were taken with the user; prlhf eval takes them anew.",
+    "Copies: other runs, adapted checkpoints made from this one, exports, reports written elsewhere, backups, and disk "
+    "blocks that are freed but not overwritten.",
+)
+DATA_REMAINS = "The data that the user's rows came from; a resumed run refuses it (--data DIR takes them out)."
+
+
+@dataclass(frozen=True)
+class Step:
+    """One removal: what goes, in words without the id, and the call that does it, at once or not at all."""
+
+    what: str
+    do: Callable[[], None]
+
+
+def forget_user(directory: Path, user_id: str, *, data: Path | None = None) -> dict[str, Any]:
+    """Take a user out of a run, a checkpoint or an adapted checkpoint; called again, finish what was interrupted.
+
+    Args:
+        data: a prepared directory or .jsonl file from which the user's rows go, too.
+    Returns: the receipt, also written as `forgotten-*.json`: what was removed, and what cannot be.
+    Raises: DataError: the user is nowhere here. CheckpointError: neither run nor checkpoint, a damaged checkpoint, or
+        the model's only user. RunDirError: the run is in use.
+    """
+    if not directory.exists():
+        finish_rename(directory)
+    is_checkpoint = (directory / STATE).is_file()
+    if not is_checkpoint and not (directory / CONFIG).is_file():
+        raise CheckpointError(f"{directory}: neither a run nor a checkpoint; give runs/NAME or what prlhf adapt wrote")
+    with RunDir(directory, writes=True):
+        _clear_leftovers(directory, is_checkpoint=is_checkpoint)
+        tombstones = Tombstones(directory)
+        tag = tombstones.tag(user_id)
+        begun = tag in tombstones.entries
+        steps = _plan(directory, user_id, data, is_checkpoint=is_checkpoint, begun=begun)
+        if not steps and not begun:
+            raise DataError(f"{directory}: holds nothing of this user; check the id, which must match as a whole")
+        report = directory / "report.html"
+        if steps and report.is_file():
+            steps.insert(0, Step(report.name, report.unlink))
+        if steps or tombstones.entries[tag]["finished"] is None:
+            tombstones.bury(tag)
+            for step in steps:
+                tombstones.note(tag, step.what)
+                step.do()
+            _write_receipt(directory, tombstones, tag, data)
+        return read_json(_receipt_path(directory, tag))
+
+
+def _clear_leftovers(directory: Path, *, is_checkpoint: bool) -> None:
+    """What killed processes left: renames of an earlier call, half-written files and checkpoints."""
+    if is_checkpoint:
+        finish_rename(directory)
+    else:
+        finish_renames(directory / "checkpoints")
+        remove_stale_temporaries(directory)
+    for path in directory.rglob(".*.tmp-*"):
+        path.unlink()
+
+
+def _plan(
+    directory: Path, user_id: str, data: Path | None, *, is_checkpoint: bool, begun: bool
+) -> list[Step]:
+    """Files of the run first: the checkpoints and the data tell which texts in them are the user's."""
+    checkpoints = [directory] if is_checkpoint else sorted((directory / "checkpoints").glob("step-[0-9]*"))
+    found = {checkpoint: find_user(checkpoint, user_id) for checkpoint in checkpoints}
+    sources = _data_files(data)
+    steps: list[Step] = []
+    if not is_checkpoint:
+        change = partial(scrub_line, user_id=user_id, texts=_own_texts(checkpoints, sources, user_id))
+        for path in _run_files(directory):
+            steps += _plan_file(path, str(path.relative_to(directory)), user_id, change)
+    from_data = [
+        step
+        for path in sources
+        for step in _plan_file(path, f"data: {path.name}", user_id, partial(drop_row, user_id=user_id))
+    ]
+    begun = bool(begun or steps or from_data)
+    for checkpoint, files in found.items():
+        # A model without users holds none, but what it was trained on must change all the same.
+        if files or (begun and compares_data(checkpoint)):
+            what = ", ".join(files) or "the training data's hash in state.json"
+            where = "" if is_checkpoint else f"{checkpoint.name}: "
+            steps.append(Step(f"{where}the user's part of {what}", partial(remove_user, checkpoint, user_id)))
+    return steps + from_data
+
+
+def _run_files(directory: Path) -> list[Path]:
+    """JSON files of a run outside its checkpoints."""
+    return sorted(
+        path
+        for path in directory.rglob("*.json*")
+        if path.suffix in (".json", ".jsonl")
+        and path.name != TOMBSTONES
+        and not path.match(RECEIPT.format(tag="*"))
+        and path.relative_to(directory).parts[0] != "checkpoints"
+    )
+
+
+def _plan_file(
+    path: Path, where: str, user_id: str, change: Callable[[bytes], bytes | None]
+) -> Iterator[Step]:
+    if path.suffix == ".jsonl":
+        count = count_changed_lines(path, change)
+        if count:
+            yield Step(f"{where}: {count} lines", partial(rewrite_lines, path, change))
+        return
+    value, count = scrub(read_json(path), user_id)
+    if path.name == STATUS and quote(user_id) in str(value.get("error", "")):
+        value, count = {key: item for key, item in value.items() if key != "error"}, count + 1
+    if count:
+        yield Step(f"{where}: {count} entries", partial(write_json_atomic, path, value))
+
+
+def _data_files(data: Path | None) -> list[Path]:
+    """Files with rows of users.
+
+    Raises: DataError: nothing to take rows out of.
+    """
+    if data is None:
+        return []
+    files = [data] if data.suffix == ".jsonl" else [*sorted(data.glob("*.jsonl")), *data.glob(USERS_FILE)]
+    if not files or not all(path.is_file() for path in files):
+        raise DataError(f"--data {data}: neither a prepared directory nor a .jsonl file; give where the rows are")
+    return files
+
+
+def _own_texts(checkpoints: Iterable[Path], data: Iterable[Path], user_id: str) -> frozenset[str]:
+    """Texts that stand in the user's rows and contexts and in nobody else's."""
+    contexts = [path for checkpoint in checkpoints if (path := checkpoint / CONTEXTS).is_file()]
+    rows = [path for path in data if path.suffix == ".jsonl"]
+    own: set[str] = set()
+    for mine in (True, False):
+        for path in contexts:
+            for user, facts in read_json(path).items():
+                if (user == user_id) == mine:
+                    own = _changed(own, strings(facts), mine)
+        for path in rows:
+            for _, record in read_jsonl(path):
+                if names(record, user_id) == mine:
+                    own = _changed(own, strings(record), mine)
+    return frozenset(text for text in own if len(text) > 1)
+
+
+def _changed(own: set[str], found: Iterable[str], mine: bool) -> set[str]:
+    return own.union(found) if mine else own.difference(found)
+
+
+def _receipt_path(directory: Path, tag: str) -> Path:
+    return directory / RECEIPT.format(tag=tag[:16])
+
+
+def _write_receipt(directory: Path, tombstones: Tombstones, tag: str, data: Path | None) -> None:
+    remains = [*REMAINS, *([] if data else [DATA_REMAINS])]
+    receipt = {"tombstone": tag, "removed": tombstones.entries[tag]["removed"], "remains": remains}
+    write_json_atomic(_receipt_path(directory, tag), receipt)
+    tombstones.finish(tag)
+
+
+def format_receipt(receipt: dict[str, Any]) -> str:
+    """The receipt for the terminal."""
+    lines = [f"forgotten, tombstone {receipt['tombstone'][:16]}; removed:"]
+    lines += [f"  {what}" for what in receipt["removed"]]
+    lines += ["what cannot be removed here:", *(f"  {what}" for what in receipt["remains"])]
+    return "\n".join(lines) + "\n"

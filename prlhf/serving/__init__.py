@@ -1,0 +1,1 @@
+"""Trained models in use: answers from Python, and exports to other programs."""

@@ -1,0 +1,49 @@
+"""A trained policy that answers users by their string ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prlhf.data.context import NO_CONTEXT
+from prlhf.data.records import GENERIC_USER_ID, Prompt
+from prlhf.generation import SamplingOptions, generate
+from prlhf.models import load_policy
+
+
+class Assistant:
+    """One model, every user's answers; `prlhf.load` makes one.
+
+    Args:
+        path: a run directory, a checkpoint, or what `prlhf adapt` wrote.
+    """
+
+    def __init__(self, path: str | Path, *, device: str = "cpu") -> None:
+        self.policy = load_policy(path, device=device)
+
+    @property
+    def users(self) -> tuple[str, ...]:
+        """Ids of the known users."""
+        return () if self.policy.users is None else self.policy.users.user_ids
+
+    def answer(self, prompt: Prompt, user: str | None = None, *, user_text: str = "", **sampling: Any) -> str:
+        """The answer to one prompt.
+
+        Args:
+            user: a known user's id; None for somebody nobody knows, who gets the generic user's answer.
+            user_text: what is known of the user in words: read by an encoder of texts, elsewhere put before the prompt.
+            sampling: fields of `SamplingOptions`, such as `temperature=0.0` or `max_new_tokens=64`.
+        Raises: DataError: an unknown user, or a prompt that does not fit.
+        """
+        user_ids = contexts = None
+        if self.policy.user_encoder is not None and self.policy.users is not None:
+            user_ids = [GENERIC_USER_ID if user is None else self.policy.users.index(user)]
+        known = self.policy.contexts
+        if known is not None:
+            contexts = [NO_CONTEXT if user is None else known.of_user(user, prompt)]
+            if user_text and known.kind == "text":
+                contexts, user_text = [known.read_text(user_text)], ""
+        options = SamplingOptions(**sampling)
+        return generate(
+            self.policy, [prompt], user_ids, contexts=contexts, user_texts=[user_text], options=options
+        )[0]

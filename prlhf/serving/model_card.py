@@ -1,0 +1,153 @@
+"""The model card of an export: base, data, figures, use, licence, privacy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prlhf.evaluation.run_files import final_beside
+from prlhf.models import PersonalizedPolicy
+
+USES = {
+    "peft": """`adapter_config.json` and `adapter_model.safetensors` are a PEFT LoRA adapter:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r}), "THIS FOLDER")
+```""",
+    "merged": '`AutoModelForCausalLM.from_pretrained("THIS FOLDER", dtype={dtype!r})` reads the folder.',
+    "vllm": """```
+vllm serve {base} --dtype {dtype} --enable-lora --max-lora-rank {rank} --enable-prompt-embeds \\
+    --lora-modules {name}="THIS FOLDER"
+python answer.py --prompt "..." --user ID --server http://127.0.0.1:8000 --model {name}
+```
+
+The server gets whole prompts as `prompt_embeds` (base64 of `torch.save` of (L, D)) through `/v1/completions` and knows
+no user. It unpickles what clients send: let none but your own reach it.""",
+}
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
+
+
+BUILTIN_LICENCE = (
+    "The built-in base model and its text are Apache-2.0, like prlhf. "
+    "The terms of other data hold for what was learned from it."
+)
+OTHER_LICENCE = (
+    "That of the base model, and the terms of the data; prlhf adds none. State them here before you pass this on."
+)
+
+
+def model_card(
+    checkpoint: Path, state: Mapping[str, Any], policy: PersonalizedPolicy, kind: str, *, base: str
+) -> str:
+    """The README.md of an export, for a stranger.
+
+    Args:
+        state: the checkpoint's state.json.
+        kind: peft, merged or vllm.
+        base: where transformers finds the base model.
+    """
+    spec = state["policy"]
+    is_builtin = spec["backbone"].startswith("builtin:")
+    run = checkpoint.resolve().parents[1] if checkpoint.resolve().parent.name == "checkpoints" else checkpoint
+    rank = next((size for size in VLLM_RANKS if size >= (spec["lora_rank"] or 0)), VLLM_RANKS[-1])
+    use = USES[kind].format(base=base, dtype=spec["dtype"], rank=rank, name=run.name)
+    final = final_beside(checkpoint)
+    front = {
+        "license": "apache-2.0" if is_builtin else "other",
+        **({} if is_builtin else {"base_model": json.dumps(spec["backbone"])}),
+        "library_name": "transformers" if kind == "merged" else "peft",
+        "tags": "[prlhf, personalized]",
+    }
+    return f"""---
+{chr(10).join(f"{key}: {value}" for key, value in front.items())}
+---
+
+# {run.name}
+
+A language model that answers each of its users in that user's way, trained with prlhf (P-RLHF, arXiv:2402.05133).
+
+## Base
+
+`{spec["backbone"]}`, weights sha256 `{state["base_sha256"]}`, in {spec["dtype"]}; {_trained(spec)}.
+
+## Data
+
+{_data(final)}
+
+## Figures
+
+{_figures(state, final)}
+
+## Use
+
+{use}
+
+{_layout(policy)}
+
+## Licence
+
+{BUILTIN_LICENCE if is_builtin else OTHER_LICENCE}
+
+## Privacy
+
+{_privacy(policy)}
+"""
+
+
+def _trained(spec: Mapping[str, Any]) -> str:
+    users = "no user model" if spec["user_kind"] == "none" else f"user model {spec['user_kind']}"
+    how = "all weights trained" if spec["lora_rank"] is None else f"LoRA of rank {spec['lora_rank']}"
+    return f"{how}; {users}"
+
+
+def _data(final: Mapping[str, Any] | None) -> str:
+    if final is None or "data" not in final:
+        return "Not known: no final evaluation of this step lies beside the checkpoint."
+    data = final["data"]
+    return f"`{data['source']}`, {data['train_rows']} training rows."
+
+
+def _figures(state: Mapping[str, Any], final: Mapping[str, Any] | None) -> str:
+    about = f"Method {state['method']}, step {state['step']}, {state['rows_seen']} rows seen."
+    if final is None:
+        return f"{about} No evaluation of this step lies beside the checkpoint."
+    lines = [
+        about,
+        "",
+        "| reward accuracy | mean | 95% interval | worst user | rows | users |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for who, block in final["accuracy"].items():
+        if block:
+            low, high = block["ci95"]
+            lines.append(
+                f"| {who} | {block['mean']:.3f} | {low:.3f} to {high:.3f} | {block['worst_user']:.3f} | "
+                f"{block['num_rows']} | {block['num_users']} |"
+            )
+    return "\n".join(lines)
+
+
+def _layout(policy: PersonalizedPolicy) -> str:
+    if policy.user_encoder is None:
+        return 'The model has no users and answers everybody alike: `python answer.py --prompt "..."`.'
+    num = policy.soft_prompt.num_user_tokens
+    place = "first, before the text" if policy.tokenizer.bos_token_id is None else "right after BOS, before the text"
+    return f"""The weights alone are nobody's model: every user, the generic one too, is these weights and a soft
+prompt of {num} embeddings. `user_prompts.safetensors` holds `generic`, and `users` in the order of `user_ids`
+in `export.json`. A soft prompt stands {place}. PEFT's own prompt
+tuning puts it before BOS and cannot be combined with LoRA, so build `inputs_embeds` as `answer.py` does:
+`python answer.py --prompt "..." --user ID`. Somebody who is not in the list gets `generic`."""
+
+
+def _privacy(policy: PersonalizedPolicy) -> str:
+    shared = "The shared weights were trained on people's judgments and may give away what those say."
+    if policy.user_encoder is None:
+        return shared
+    return f"""`export.json` holds the users' ids and `user_prompts.safetensors` what was learned of each one's taste:
+personal data. Whoever has this folder can answer as any of them. {shared}
+`prlhf forget` does not reach copies like this one: after it, export again and delete this folder."""

@@ -1,0 +1,304 @@
+"""Forgetting takes everything that is the user's alone, leaves the others bitwise, and may be killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prlhf.adapt.forget import forget_user
+from prlhf.cli import main
+from prlhf.data.context import collate_contexts
+from prlhf.engine.run_dir import RunDir
+from prlhf.engine.tombstones import refuse_forgotten
+from prlhf.engine.trainer import train
+from prlhf.errors import CheckpointError, DataError, RunDirError
+from prlhf.files import find_damage, seal_directory
+from prlhf.models import PersonalizedModel, load_model, load_policy
+from tests.saved_policies import checkpoint_of, save_policy
+from tests.tiny_run import Crash, Tiny, at_step, crash, opposed_records, preference_record, write_jsonl
+
+CANARY_TEXT = "My parrot is called Zebedee-4711."
+KINDS = ["uniform", "individual", "cluster", "low_rank", "text", "history"]
+
+
+def make_run(run_dir: Path, user: str, **settings: Any) -> tuple[list[str], Path]:
+    """A run of three users with all that a run may hold, and its data; the user stands in the middle."""
+    users = ["ann", user, "bob"]
+    save_policy(run_dir, user_ids=users, **settings)
+    contexts = checkpoint_of(run_dir) / "contexts.json"
+    if contexts.exists():
+        known = json.loads(contexts.read_text())
+        known[user]["text"] = CANARY_TEXT
+        contexts.write_text(json.dumps(known))
+        seal_directory(checkpoint_of(run_dir))
+    (run_dir / "config.yaml").write_text("name: tiny\n")
+    for folder in ("eval", "samples"):
+        (run_dir / folder).mkdir()
+    scores = {name: {"accuracy": 0.5, "num_rows": 2} for name in users}
+    figures = {"step": 7, "per_user": scores, "words": {"per_user": dict.fromkeys(users, 9.0)}, "accuracy": {"mean": 1}}
+    for name in ("final", "step-00000003"):
+        (run_dir / "eval" / f"{name}.json").write_text(json.dumps(figures))
+    asked = [(name, prompt) for name in users for prompt in ("Tea?", CANARY_TEXT)]
+    samples = [{"user_id": name, "prompt": prompt, "response": "Yes."} for name, prompt in asked]
+    for name in ("policy", "reference"):
+        write_jsonl(run_dir / "samples" / f"{name}.jsonl", samples)
+    write_jsonl(run_dir / "metrics.jsonl", [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "worst": user}])
+    (run_dir / "STATUS.json").write_text(json.dumps({"status": "failed", "error": f"user '{user}' is odd"}))
+    (run_dir / "report.html").write_text(f"<td>{user}</td>")
+    data = run_dir.parent / "data"
+    data.mkdir()
+    write_jsonl(data / "train.jsonl", [
+        {**preference_record("tea", name, prefers_short=True), "prompt": CANARY_TEXT if name == user else "Tea?"}
+        for name in users
+    ])
+    (data / "users.json").write_text(json.dumps({name: {"split": "seen"} for name in users}))
+    return users, data
+
+
+def bytes_of(root: Path) -> bytes:
+    return b"\n".join(path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file())
+
+
+def rows_of(checkpoint: Path, place: int, num_users: int) -> list[bytes]:
+    """The user's row in every table, and its moments, as they lie on the disk."""
+    tensors = {**load_file(checkpoint / "users.safetensors"), **load_file(checkpoint / "optimizer.safetensors")}
+    tables = [tensor for name, tensor in tensors.items() if "offsets" in name or "weights" in name]
+    rows = [table[place + len(table) - num_users] for table in tables if table.dim() > 1]
+    return [row.numpy().tobytes() for row in rows]
+
+
+@torch.no_grad()
+def logits_of(model: PersonalizedModel, user_id: str | None) -> Tensor:
+    index = 0 if user_id is None else model.users.index(user_id)
+    context = None
+    if model.contexts is not None and user_id is not None:
+        context = collate_contexts([model.contexts.of_user(user_id, "")], 0)
+    embeds = model.input_embeds(torch.tensor([[0, 9, 40, 7]]), torch.tensor([index]), context)
+    return model.backbone(inputs_embeds=embeds, use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scan_of_all_bytes_finds_nothing_of_the_user_and_the_others_answer_bitwise_alike(
+    kind: str, tmp_path: Path
+) -> None:
+    user = secrets.token_hex(16)
+    users, data = make_run(tmp_path / "run", user, user_kind=kind)
+    before = load_model(tmp_path / "run")
+    rows = rows_of(checkpoint_of(tmp_path / "run"), 1, 3)
+    assert len(rows) == {"individual": 3, "cluster": 3, "low_rank": 3}.get(kind, 0)
+    needles = [user.encode(), CANARY_TEXT.encode(), *rows]
+    assert all(needle in bytes_of(tmp_path / "run") for needle in needles)
+    receipt = forget_user(tmp_path / "run", user, data=data)
+    for root in (tmp_path / "run", data):
+        assert [needle for needle in needles if needle in bytes_of(root)] == []
+    after = load_model(tmp_path / "run")
+    for other in (None, "ann", "bob"):
+        assert torch.equal(logits_of(after, other), logits_of(before, other))
+    with pytest.raises(DataError, match="is not one of the 2 known users"):
+        after.users.index(user)
+    assert find_damage(checkpoint_of(tmp_path / "run")) == []
+    assert receipt["removed"] and "Shared weights" in receipt["remains"][0]
+    assert user not in json.dumps(receipt)
+
+
+def test_what_is_not_the_users_stays(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "cat")
+    checkpoint = checkpoint_of(tmp_path / "run")
+    names = ("trainable.safetensors", "rng-0.safetensors", "config.yaml")
+    kept = {name: (checkpoint / name).read_bytes() for name in names}
+    old_users, old_moments = (load_file(checkpoint / f"{name}.safetensors") for name in ("users", "optimizer"))
+    forget_user(tmp_path / "run", "cat")
+    assert {name: (checkpoint / name).read_bytes() for name in kept} == kept
+    assert json.loads((checkpoint / "users.json").read_text()) == {"user_ids": ["ann", "bob"]}
+    new_users, new_moments = (load_file(checkpoint / f"{name}.safetensors") for name in ("users", "optimizer"))
+    assert torch.equal(new_users["offsets"], old_users["offsets"][[0, 2]])
+    assert torch.equal(new_users["generic"], old_users["generic"])
+    for name, moment in new_moments.items():
+        expected = old_moments[name][[0, 2]] if name.startswith("user_encoder.offsets.") else old_moments[name]
+        assert torch.equal(moment, expected), name
+    final = json.loads((tmp_path / "run" / "eval" / "final.json").read_text())
+    assert (list(final["per_user"]), final["accuracy"]) == (["ann", "bob"], {"mean": 1})
+    samples = (tmp_path / "run" / "samples" / "policy.jsonl").read_text().splitlines()
+    assert [json.loads(line)["user_id"] for line in samples] == ["ann", "ann", "bob", "bob"]
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert metrics == ['{"step": 1, "loss": 0.7}'], "a line whose field is the id is about the user"
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_forgetting_twice_changes_nothing_and_gives_the_receipt_again(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "cat")
+    receipt = forget_user(tmp_path / "run", "cat")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert forget_user(tmp_path / "run", "cat") == receipt
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_an_id_that_is_nowhere_leaves_no_tombstone(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "cat")
+    with pytest.raises(DataError, match="holds nothing of this user"):
+        forget_user(tmp_path / "run", "ca")
+    assert not (tmp_path / "run" / "tombstones.json").exists()
+    with pytest.raises(CheckpointError, match="neither a run nor a checkpoint"):
+        forget_user(tmp_path / "nowhere", "cat")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_only_user_damaged_checkpoints_and_running_trainings_are_refused(tmp_path: Path) -> None:
+    save_policy(tmp_path / "run", user_ids=["cat"])
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(CheckpointError, match="the only one of this model"):
+        forget_user(tmp_path / "run", "cat")
+    make_run(tmp_path / "two" / "run", "cat")
+    with RunDir(tmp_path / "two" / "run", writes=True), pytest.raises(RunDirError, match="in use"):
+        forget_user(tmp_path / "two" / "run", "cat")
+    (checkpoint_of(tmp_path / "two" / "run") / "trainable.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="delete the checkpoint"):
+        forget_user(tmp_path / "two" / "run", "cat")
+    assert not (tmp_path / "two" / "run" / "tombstones.json").exists()
+
+
+@contextmanager
+def killed_at(point: int) -> Iterator[list[int]]:
+    """Inside, the `point`-th flush, rename or removal does not happen, nor anything after it."""
+    count = [0]
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def maybe(*args: Any, **options: Any) -> Any:
+            count[0] += 1
+            if count[0] > point:
+                raise Crash
+            return call(*args, **options)
+
+        return maybe
+
+    with (
+        mock.patch("os.fsync", counted(lambda descriptor: None)),  # a real one takes long
+        mock.patch.object(Path, "rename", counted(Path.rename)),
+        mock.patch.object(Path, "replace", counted(Path.replace)),
+        mock.patch.object(Path, "unlink", counted(Path.unlink)),
+        mock.patch("shutil.rmtree", counted(shutil.rmtree)),
+    ):
+        yield count
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Files by name; tombstones and receipts, whose key is random, left out."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not path.name.startswith(("tombstones", "forgotten", ".lock"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("whole", "stride"),
+    [
+        ("run", 17),
+        ("checkpoint", 11),
+        pytest.param("run", 1, marks=pytest.mark.slow),
+        pytest.param("checkpoint", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_moment_a_second_call_ends_as_if_nothing_had_happened(
+    whole: str, stride: int, tmp_path: Path
+) -> None:
+    make_run(tmp_path / "start" / "run", "cat", user_kind="history")
+    source = tmp_path / "start" / "run" if whole == "run" else checkpoint_of(tmp_path / "start" / "run")
+    directory = tmp_path / "work" / source.name
+    shutil.copytree(source, directory)
+    with killed_at(10**6) as count:
+        forget_user(directory, "cat")
+    expected, num_points = contents(directory.parent), count[0]
+    assert num_points > 20
+    for point in range(0, num_points, stride):
+        shutil.rmtree(directory.parent)
+        shutil.copytree(source, directory)
+        with pytest.raises(Crash), killed_at(point):
+            forget_user(directory, "cat")
+        tombstones = directory / "tombstones.json"
+        if tombstones.exists() and '"finished": null' in tombstones.read_text():
+            with pytest.raises(RunDirError, match="cut short"):
+                refuse_forgotten([directory], [])
+        elif directory.exists() and not tombstones.exists():
+            assert contents(directory).items() >= contents(source).items(), "nothing goes before the tombstone"
+        with killed_at(10**6):
+            forget_user(directory, "cat")
+        assert contents(directory.parent) == expected, point
+    refuse_forgotten([directory], ["ann"])
+
+
+def test_a_user_added_to_frozen_weights_leaves_no_trace(tmp_path: Path) -> None:
+    """As an adapted model is: the base's files and one more row."""
+    save_policy(tmp_path / "run", user_ids=["ann", "bob"])
+    base = load_policy(tmp_path / "run")
+    adapted = tmp_path / "adapted"
+    shutil.copytree(checkpoint_of(tmp_path / "run"), adapted)
+    _add_row(adapted, "cat")
+    assert not torch.equal(logits_of(load_policy(adapted), "cat"), logits_of(base, None))
+    forget_user(adapted, "cat")
+    after = load_policy(adapted)
+    assert "cat" not in after.users
+    for user in (None, "ann", "bob"):
+        assert torch.equal(logits_of(after, user), logits_of(base, user))
+
+
+def _add_row(checkpoint: Path, user_id: str) -> None:
+    tables = load_file(checkpoint / "users.safetensors")
+    tables["offsets"] = torch.cat([tables["offsets"], torch.ones_like(tables["offsets"][:1])])
+    save_file(tables, checkpoint / "users.safetensors")
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    for name in moments:
+        if name.startswith("user_encoder.offsets."):
+            moments[name] = torch.cat([moments[name], torch.zeros_like(moments[name][:1])])
+    save_file(moments, checkpoint / "optimizer.safetensors")
+    users = json.loads((checkpoint / "users.json").read_text())["user_ids"]
+    (checkpoint / "users.json").write_text(json.dumps({"user_ids": [*users, user_id]}))
+    seal_directory(checkpoint)
+
+
+@pytest.mark.parametrize("settings", [{}, {"method": "dpo"}])
+def test_training_goes_on_only_with_data_that_no_longer_holds_the_user(
+    tiny: Tiny, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny.data, data)
+    write_jsonl(data / "train.jsonl", [*opposed_records(["tea", "rain", "chess"]),
+                                       preference_record("bread", "dan", prefers_short=True)])
+    config = tiny.config(data__source=str(data), **settings)
+    with pytest.raises(Crash), at_step(3, crash):
+        train(config, tmp_path / "run")
+    if config.method == "pdpo":
+        forget_user(tmp_path / "run", "dan")
+        with pytest.raises(DataError, match="the data holds the user of tombstone") as refusal:
+            train(config, tmp_path / "run")
+        assert "dan" not in str(refusal.value).replace(str(tmp_path), "")
+    forget_user(tmp_path / "run", "dan", data=data)
+    assert train(config, tmp_path / "run")["step"] == 4
+
+
+def test_the_command_prints_what_went_and_what_cannot(tmp_path: Path, capsys: Any) -> None:
+    _, data = make_run(tmp_path / "run", "cat")
+    assert main(["forget", str(tmp_path / "run"), "--user", "cat", "--data", str(data)]) == 0
+    out = capsys.readouterr().out
+    for what in (
+        "samples/policy.jsonl: 4 lines",
+        "eval/final.json: 2 entries",
+        "report.html",
+        "data: train.jsonl: 1 lines",
+        "step-00000007: the user's part of users.json, users.safetensors, optimizer.safetensors",
+        "Shared weights",
+    ):
+        assert what in out
+    assert "cat" not in out
+    assert main(["forget", str(tmp_path / "run"), "--user", "nobody"]) == 2
