@@ -76,8 +76,10 @@ class RowShards:
         """
         full = {}
         remaining = memoryview(records)
+        is_new_file = False
         while remaining:
             number, row = divmod(slot, self.rows_per_shard)
+            is_new_file |= row == 0
             part = remaining[: (self.rows_per_shard - row) * self.record_bytes]
             _write(self._tail(number), row * self.record_bytes, part)
             remaining = remaining[len(part) :]
@@ -85,7 +87,8 @@ class RowShards:
             if slot % self.rows_per_shard == 0:
                 full[number] = sha256_of(self._tail(number))
                 _link(self._tail(number), self._full(number, full[number]))
-        flush_directory(self.directory)
+        if is_new_file or full:
+            flush_directory(self.directory)
         return full
 
     def erase(self, slots: list[int]) -> dict[int, str]:
