@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ class RowLazyAdamW(torch.optim.AdamW):
     Under plain AdamW the momentum of a user's last row would go on moving that user in later steps. Each row counts
     its own steps for the bias correction, so a user's first step is a first step whenever it comes.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], *, fused: bool) -> None:
+        super().__init__(groups, fused=fused)
+        self.unsaved_rows: set[int] = set()  # of a large table, moved since a checkpoint was written or read
+        self.saved_in: Path | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -52,6 +58,8 @@ class RowLazyAdamW(torch.optim.AdamW):
             rows = torch.arange(len(grad), device=grad.device)
         moved = grad.flatten(1).ne(0).any(dim=1)
         rows, grad = rows[moved], grad[moved]
+        if isinstance(table, RowTable):
+            self.unsaved_rows.update(rows.tolist())
         beta1, beta2 = group["betas"]
         state["step"][rows] += 1
         mean = state["exp_avg"][rows].lerp(grad, 1 - beta1)

@@ -78,6 +78,11 @@ class UserStore:
             self._shards.check_sizes(self._num_slots())
             self._resources = resources.pop_all()
 
+    @property
+    def fields(self) -> dict[str, RowField]:
+        """What each user has: "row", and what stands beside it."""
+        return self._layout.fields
+
     @classmethod
     def create(
         cls, directory: Path, fields: Mapping[str, RowField], *, shard_bytes: int = SHARD_BYTES
@@ -233,6 +238,11 @@ class UserStore:
             copy.close()
         files[INDEX] = ((directory / INDEX).stat().st_size, sha256_of(directory / INDEX))
         return files
+
+    def full_shards(self) -> dict[str, tuple[int, str]]:
+        """Size and sha256 of each file that no put changes any more, by name."""
+        size = self._shards.rows_per_shard * self._layout.record_bytes
+        return {self._shards.path(number).name: (size, digest) for number, digest in self._shards.finished.items()}
 
     def find_damage(self) -> list[str]:
         """What is wrong, one line each, after reading every byte; empty when all is as it was put."""
