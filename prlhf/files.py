@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,22 @@ def _sha256(file: Any) -> str:
     return digest.hexdigest()
 
 
-def seal_directory(directory: Path) -> None:
-    """Flush every file and write the manifest (size and sha256 of each) last."""
-    names = sorted(path.name for path in directory.iterdir() if path.name != MANIFEST)
-    entries = {}
-    for name in names:
-        path = directory / name
-        fsync_path(path)
-        entries[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+def seal_directory(directory: Path, known: Mapping[str, tuple[int, str]] | None = None) -> None:
+    """Flush every file and write the manifest (size and sha256 of each) last.
+
+    Args:
+        known: size and sha256 of files that were flushed before, by their name below the directory; they are not read.
+    """
+    known, entries = known or {}, {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if name == MANIFEST:
+            continue
+        if name not in known:
+            fsync_path(path)
+        if path.is_file():
+            size, digest = known.get(name) or (path.stat().st_size, sha256_of(path))
+            entries[name] = {"size": size, "sha256": digest}
     write_json_atomic(directory / MANIFEST, {"files": entries})
 
 
@@ -90,7 +98,7 @@ def find_damage(directory: Path) -> list[str]:
     damage = []
     for name, (size, digest) in expected.items():
         path = directory / name
-        if Path(name).name != name or path.is_symlink():
+        if Path(name).is_absolute() or path.resolve() != directory.resolve() / name:
             damage.append(f"{path}: not a plain file of this directory")
         elif not path.is_file():
             damage.append(f"{path}: missing")

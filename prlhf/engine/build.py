@@ -29,7 +29,7 @@ from prlhf.data.tokenize import (
 )
 from prlhf.distributed import rank, world_size
 from prlhf.engine.objective import Objective
-from prlhf.engine.optim import make_optimizer
+from prlhf.engine.optim import RowLazyAdamW, make_optimizer
 from prlhf.engine.shrinkage import ShrunkObjective
 from prlhf.engine.step import Model
 from prlhf.errors import ConfigError, DataError
@@ -59,7 +59,7 @@ class Job:
     config: Config
     spec: PolicySpec
     model: Model
-    optimizer: torch.optim.Optimizer
+    optimizer: RowLazyAdamW
     objective: Objective
     rows: TokenizedRows
     dropped: dict[str, int]
@@ -255,7 +255,7 @@ def restore_reference_(job: Job) -> None:
         job.model.reference = Reference(start.eval())
 
 
-def _optimizer_of(model: PersonalizedModel, config: Config) -> torch.optim.Optimizer:
+def _optimizer_of(model: PersonalizedModel, config: Config) -> RowLazyAdamW:
     train = config.train
     return make_optimizer(
         model.trainable(),

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from prlhf.data.context import facts_record
 from prlhf.distributed import all_reduce_any, barrier, is_main, rank
-from prlhf.errors import CheckpointError, NoCheckpointError, RunDirError
+from prlhf.engine.optim import RowLazyAdamW
+from prlhf.errors import CheckpointError, NoCheckpointError, PrlhfError, RunDirError
 from prlhf.files import (
     find_damage,
     publish_directory,
@@ -38,6 +39,7 @@ from prlhf.models.assemble import (
     trained_tensors,
 )
 from prlhf.models.personalized import PersonalizedModel
+from prlhf.models.user_rows import STORE, empty_moments, read_moments, stored_table, write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(
     run_dir: Path,
     model: PersonalizedModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: RowLazyAdamW,
     progress: Progress,
     identity: RunIdentity,
     *,
@@ -90,6 +92,7 @@ def save_checkpoint(
     if all_reduce_any(is_main() and final.is_dir()):
         return
     problem: Exception | None = None
+    flushed: dict[str, tuple[int, str]] = {}
     try:
         if is_main():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -100,18 +103,20 @@ def save_checkpoint(
         )
         if is_main():
             _write_shared_files(temporary, model, optimizer, progress, identity)
-    except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
+            flushed = _write_user_store(temporary, model, optimizer)
+    except (OSError, SafetensorError, PrlhfError) as error:  # safetensors wraps a full disk in an error of its own
         problem = error
     if all_reduce_any(problem is not None):
         if is_main():
             shutil.rmtree(temporary, ignore_errors=True)
-        raise _disk_error(temporary, problem)
+        raise problem if isinstance(problem, PrlhfError) else _disk_error(temporary, problem)
     if is_main():
         try:
-            seal_directory(temporary)
+            seal_directory(temporary, flushed)
             publish_directory(temporary, final)
         except OSError as error:
             raise _disk_error(temporary, error) from None
+        optimizer.unsaved_rows, optimizer.saved_in = set(), final
         remove_directories(_steps(root)[:-keep_last])
     barrier()
 
@@ -119,13 +124,16 @@ def save_checkpoint(
 def _write_shared_files(
     directory: Path,
     model: PersonalizedModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: RowLazyAdamW,
     progress: Progress,
     identity: RunIdentity,
 ) -> None:
     _save(trained_tensors(model, lora=identity.spec.lora_rank is not None), directory / TRAINABLE)
     if model.user_encoder is not None:
-        _save(dict(model.user_encoder.named_parameters()), directory / USERS)
+        shared = dict(model.user_encoder.named_parameters())
+        if (stored := stored_table(model.user_encoder)) is not None:
+            del shared[stored[0]]
+        _save(shared, directory / USERS)
     _save(_optimizer_tensors(model, optimizer), directory / OPTIMIZER)
     users = [] if model.users is None else list(model.users.user_ids)
     write_json_atomic(directory / USER_IDS, {"user_ids": users})
@@ -145,8 +153,24 @@ def _write_shared_files(
     model.tokenizer.save_pretrained(directory)
 
 
+def _write_user_store(
+    directory: Path, model: PersonalizedModel, optimizer: RowLazyAdamW
+) -> dict[str, tuple[int, str]]:
+    """Keep the rows of a large table as a store; returns size and sha256 of what is flushed already, by name."""
+    stored = stored_table(model.user_encoder)
+    if stored is None or model.users is None:
+        return {}
+    table, previous = stored[1], optimizer.saved_in
+    moments = dict(optimizer.state[table]) or empty_moments(table)
+    rows = sorted(optimizer.unsaved_rows)
+    if previous is None or not (previous / STORE).is_dir():
+        previous, rows = None, moments["step"].nonzero()[:, 0].tolist()
+    files = write_rows(directory / STORE, previous and previous / STORE, table, moments, model.users, rows)
+    return {f"{STORE}/{name}": entry for name, entry in files.items()}
+
+
 def load_checkpoint_(
-    directory: Path, model: PersonalizedModel, optimizer: torch.optim.Optimizer, *, spec: PolicySpec, data_sha256: str
+    directory: Path, model: PersonalizedModel, optimizer: RowLazyAdamW, *, spec: PolicySpec, data_sha256: str
 ) -> Progress:
     """Put a verified checkpoint's weights, optimizer state and random state back.
 
@@ -169,6 +193,10 @@ def load_checkpoint_(
         raise CheckpointError(*wrong)
     load_trained_(model, directory, lora=spec.lora_rank is not None)
     _load_optimizer_(model, optimizer, read_tensors(directory / OPTIMIZER), directory)
+    stored = stored_table(model.user_encoder)
+    if stored is not None and model.users is not None and (directory / STORE).is_dir():
+        optimizer.state[stored[1]].update(read_moments(directory / STORE, stored[1], model.users))
+        optimizer.unsaved_rows, optimizer.saved_in = set(), directory
     rng = directory / f"rng-{rank()}.safetensors"
     if rng.is_file():
         states = read_tensors(rng)
@@ -232,16 +260,18 @@ def _device_rng(device: torch.device) -> dict[str, Tensor]:
     return {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
 
 
-def _optimizer_tensors(model: PersonalizedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(model: PersonalizedModel, optimizer: RowLazyAdamW) -> dict[str, Tensor]:
+    stored = stored_table(model.user_encoder)
     return {
         f"{name}.{slot}": value
         for name, parameter in model.trainable().items()
+        if stored is None or parameter is not stored[1]
         for slot, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def _load_optimizer_(
-    model: PersonalizedModel, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], directory: Path
+    model: PersonalizedModel, optimizer: RowLazyAdamW, state: dict[str, Tensor], directory: Path
 ) -> None:
     parameters = model.trainable()
     for key, value in state.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prlhf.distributed import world_size
+from prlhf.usermodel.row_table import RowTable, lazy_zeros
 
 BUCKET_ELEMENTS = 16 * 2**20
 ROW_TABLES = ("user_encoder.offsets", "user_encoder.weights")  # a row a user
@@ -22,6 +24,11 @@ class RowLazyAdamW(torch.optim.AdamW):
     Under plain AdamW the momentum of a user's last row would go on moving that user in later steps. Each row counts
     its own steps for the bias correction, so a user's first step is a first step whenever it comes.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], *, fused: bool) -> None:
+        super().__init__(groups, fused=fused)
+        self.unsaved_rows: set[int] = set()  # of a large table, moved since a checkpoint was written or read
+        self.saved_in: Path | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -43,11 +50,17 @@ class RowLazyAdamW(torch.optim.AdamW):
     def _step_rows_(self, table: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[table]
         if not state:
-            state["step"] = torch.zeros(len(table), device=table.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(table), torch.zeros_like(table)
-        rows = grad.flatten(1).ne(0).any(dim=1).nonzero()[:, 0]
+            state["step"] = _zeros_beside(table, len(table))
+            state["exp_avg"], state["exp_avg_sq"] = (_zeros_beside(table, *table.shape) for _ in range(2))
+        if grad.is_sparse:
+            rows, grad = grad.indices()[0], grad.values()
+        else:
+            rows = torch.arange(len(grad), device=grad.device)
+        moved = grad.flatten(1).ne(0).any(dim=1)
+        rows, grad = rows[moved], grad[moved]
+        if isinstance(table, RowTable):
+            self.unsaved_rows.update(rows.tolist())
         beta1, beta2 = group["betas"]
-        grad = grad[rows]
         state["step"][rows] += 1
         mean = state["exp_avg"][rows].lerp(grad, 1 - beta1)
         square = state["exp_avg_sq"][rows].lerp(grad.square(), 1 - beta2)
@@ -55,6 +68,12 @@ class RowLazyAdamW(torch.optim.AdamW):
         steps = state["step"][rows].view(-1, *[1] * (grad.dim() - 1))
         mean, square = mean / (1 - beta1**steps), square / (1 - beta2**steps)
         table.index_add_(0, rows, -group["lr"] * mean / (square.sqrt() + group["eps"]))
+
+
+def _zeros_beside(table: Tensor, *shape: int) -> Tensor:
+    if isinstance(table, RowTable) and table.device.type == "cpu":
+        return lazy_zeros(*shape)
+    return torch.zeros(shape, device=table.device)
 
 
 def make_optimizer(
@@ -121,13 +140,17 @@ def set_learning_rate_(optimizer: torch.optim.Optimizer, factor: float) -> None:
 def all_reduce_gradients_(parameters: Iterable[nn.Parameter]) -> None:
     """Sum gradients over ranks, in buckets; a parameter unused on this rank counts as zero.
 
-    The loss is already divided by the rows of the global step, so the sum is the global gradient.
+    The loss is already divided by the rows of the global step, so the sum is the global gradient. Of large tables of
+    users only rows travel, and the sum is coalesced.
     """
-    if world_size() == 1:
-        return
     bucket: list[Tensor] = []
     size = 0
     for parameter in parameters:
+        if isinstance(parameter, RowTable):
+            _all_reduce_rows_(parameter)
+            continue
+        if world_size() == 1:
+            continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if bucket and (size + parameter.grad.numel() > BUCKET_ELEMENTS or parameter.grad.dtype != bucket[0].dtype):
@@ -139,6 +162,31 @@ def all_reduce_gradients_(parameters: Iterable[nn.Parameter]) -> None:
         _all_reduce_bucket_(bucket)
 
 
+def _all_reduce_rows_(table: RowTable) -> None:
+    if world_size() == 1:
+        table.grad = None if table.grad is None else table.grad.coalesce()
+        return
+    rows = torch.empty(0, dtype=torch.int64, device=table.device)
+    values = table.detach()[:0]
+    if table.grad is not None:
+        grad = table.grad.coalesce()
+        rows, values = grad.indices()[0], grad.values()
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=table.device)
+    sizes[dist.get_rank()] = len(rows)
+    dist.all_reduce(sizes)
+    gathered = [_all_gather_padded(tensor, sizes) for tensor in (rows, values)]
+    table.grad = torch.sparse_coo_tensor(gathered[0][None], gathered[1], table.shape).coalesce()
+
+
+def _all_gather_padded(tensor: Tensor, sizes: Tensor) -> Tensor:
+    """Tensors of all ranks, of different lengths, one after the other."""
+    padded = tensor.new_zeros((int(sizes.max()), *tensor.shape[1:]))
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])
+
+
 def _all_reduce_bucket_(gradients: list[Tensor]) -> None:
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
@@ -148,4 +196,13 @@ def _all_reduce_bucket_(gradients: list[Tensor]) -> None:
 
 def clip_gradients_(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients in place to a global L2 norm of at most `max_norm`; returns the norm before, a scalar tensor."""
-    return nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)
+    return nn.utils.clip_grad_norm_([_dense(parameter) for parameter in parameters], max_norm, error_if_nonfinite=False)
+
+
+def _dense(parameter: nn.Parameter) -> Tensor:
+    """The parameter, or in place of a large table one whose gradient is the rows that the table's holds."""
+    if parameter.grad is None or not parameter.grad.is_sparse:
+        return parameter
+    rows = torch.empty_like(parameter.grad.values())
+    rows.grad = parameter.grad.values()
+    return rows

@@ -25,6 +25,7 @@ from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
 from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts
+from prlhf.models.user_rows import STORE, read_rows_, stored_table
 from prlhf.usermodel import (
     ClusterUserModel,
     HistoryUserModel,
@@ -34,6 +35,7 @@ from prlhf.usermodel import (
     UniformUserModel,
     UserModel,
 )
+from prlhf.usermodel.row_table import zero_
 
 TRAINABLE = "trainable.safetensors"
 USERS = "users.safetensors"
@@ -208,12 +210,18 @@ def load_trained_(policy: PersonalizedModel, directory: Path, *, lora: bool) -> 
     if policy.user_encoder is not None:
         files[directory / USERS] = {name: value.detach() for name, value in policy.user_encoder.named_parameters()}
     states = {path: read_tensors(path) for path in files}
+    stored = stored_table(policy.user_encoder) if (directory / STORE).is_dir() else None
+    if stored is not None:
+        del files[directory / USERS][stored[0]]
     wrong = [f"{path}: {line}" for path in files for line in _misfits(files[path], states[path])]
     if wrong:
         raise CheckpointError(*wrong)
     for path, tensors in files.items():
         for name, tensor in tensors.items():
             tensor.copy_(states[path][name])
+    if stored is not None and policy.users is not None:
+        zero_(stored[1])
+        read_rows_(directory / STORE, stored[1].detach(), policy.users)
 
 
 def _misfits(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prlhf.usermodel.row_table import GatherRows, RowTable
+
 
 @dataclass(frozen=True)
 class UserContext:
@@ -126,4 +128,6 @@ def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
 
     Through `embedding`, because the gradient of `table[rows]` adds repeated rows in an order that depends on threads.
     """
+    if isinstance(table, RowTable):
+        return GatherRows.apply(table, rows)
     return F.embedding(rows, table.flatten(1)).unflatten(1, table.shape[1:])

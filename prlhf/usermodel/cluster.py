@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.usermodel.base import UserModel, check_initial, check_sizes, gather_rows
+from prlhf.usermodel.row_table import make_table, zero_
 
 
 class ClusterUserModel(UserModel):
@@ -20,7 +21,7 @@ class ClusterUserModel(UserModel):
         check_sizes(num_clusters=num_clusters)
         self.num_clusters = num_clusters
         self.basis = nn.Parameter(torch.zeros(num_clusters, num_user_tokens, dim))
-        self.weights = nn.Parameter(torch.zeros(num_users + 1, num_clusters))
+        self.weights = make_table(num_users + 1, num_clusters)
 
     @property
     def num_initial(self) -> int:
@@ -45,4 +46,4 @@ class ClusterUserModel(UserModel):
         if len(initial.flatten(1).unique(dim=0)) < self.num_clusters:
             raise ValueError(f"initial: the {self.num_clusters} clusters must all differ; draw each one anew")
         self.basis.copy_(initial)
-        self.weights.zero_()
+        zero_(self.weights)

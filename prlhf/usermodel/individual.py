@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.usermodel.base import UserModel, check_initial, gather_rows
+from prlhf.usermodel.row_table import make_table, zero_
 
 
 class IndividualUserModel(UserModel):
@@ -19,7 +20,7 @@ class IndividualUserModel(UserModel):
     def __init__(self, *, num_users: int, num_user_tokens: int, dim: int) -> None:
         super().__init__(num_users=num_users, num_user_tokens=num_user_tokens, dim=dim)
         self.generic = nn.Parameter(torch.zeros(num_user_tokens, dim))
-        self.offsets = nn.Parameter(torch.zeros(num_users, num_user_tokens, dim))
+        self.offsets = make_table(num_users, num_user_tokens, dim)
 
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
         """e_0 for id 0, e_0 + o_i for id i."""
@@ -37,4 +38,4 @@ class IndividualUserModel(UserModel):
         """Set e_0 to `initial` (T, D) and every o_i to 0: a user starts as the generic one."""
         check_initial(initial, self.generic)
         self.generic.copy_(initial)
-        self.offsets.zero_()
+        zero_(self.offsets)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.usermodel.base import UserModel, check_initial, check_sizes, gather_rows
+from prlhf.usermodel.row_table import make_table, zero_
 
 
 class LowRankUserModel(UserModel):
@@ -22,7 +23,7 @@ class LowRankUserModel(UserModel):
         self.rank = rank
         self.generic = nn.Parameter(torch.zeros(num_user_tokens, dim))
         self.basis = nn.Parameter(torch.zeros(rank, num_user_tokens, dim))
-        self.weights = nn.Parameter(torch.zeros(num_users, rank))
+        self.weights = make_table(num_users, rank)
 
     @property
     def num_initial(self) -> int:
@@ -47,4 +48,4 @@ class LowRankUserModel(UserModel):
         check_initial(initial, torch.cat([self.generic[None], self.basis]))
         self.generic.copy_(initial[0])
         self.basis.copy_(initial[1:] - initial[0])
-        self.weights.zero_()
+        zero_(self.weights)

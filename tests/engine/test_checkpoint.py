@@ -18,7 +18,9 @@ from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import Progress, find_checkpoint, load_checkpoint_
 from prlhf.engine.trainer import save_job, train
 from prlhf.errors import CheckpointError, NoCheckpointError, RunDirError
-from prlhf.models import load_policy
+from prlhf.models import load_policy, user_rows
+from prlhf.usermodel import row_table
+from prlhf.usermodel.store import UserStore
 from tests.engine.cuts import step_of
 from tests.engine.two_ranks import state_of
 from tests.tiny_run import Crash, Tiny, at_step, checkpoints, crash, perturbed_job, snapshot, write_data, write_model
@@ -245,3 +247,54 @@ def test_other_users_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="users changed") as caught:
         load_into(build_job(other.config()), directory)
     assert len(caught.value.messages) == 1
+
+
+@pytest.fixture
+def stored_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every table of users is large, and goes into a store."""
+    monkeypatch.setattr(row_table, "LARGE_TABLE_BYTES", 0)
+    monkeypatch.setattr(user_rows, "STORE_FROM_BYTES", 0)
+
+
+@pytest.mark.parametrize("kind", ["individual", pytest.param("low_rank", marks=pytest.mark.slow)])
+def test_a_run_with_a_user_store_resumes_bitwise_and_is_loaded(
+    tiny: Tiny, tmp_path: Path, stored_users: None, kind: str
+) -> None:
+    config = tiny.config(train__max_steps=6, user__kind=kind)
+    train(config, tmp_path / "whole")
+    with pytest.raises(Crash), at_step(4, crash):
+        train(config, tmp_path / "cut")
+    train(config, tmp_path / "cut")
+    directories = [tmp_path / name / "checkpoints" / "step-00000006" for name in ("whole", "cut")]
+    stores = [UserStore.open(directory / "users") for directory in directories]
+    users = list(stores[0])
+    assert users and users == list(stores[1])
+    for field in ("row", "step", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(stores[0].read(users, field), stores[1].read(users, field))
+    for store in stores:
+        store.close()
+    policies = [load_policy(directory) for directory in directories]
+    for one, other in zip(policies[0].user_encoder.parameters(), policies[1].user_encoder.parameters(), strict=True):
+        assert torch.equal(one, other)
+    table = "offsets" if kind == "individual" else "weights"
+    assert table not in load_file(directories[0] / "users.safetensors")
+    assert not any(table in name for name in load_file(directories[0] / "optimizer.safetensors"))
+    assert getattr(policies[0].user_encoder, table).flatten(1).ne(0).any(dim=1).sum() == len(users)
+
+
+def test_a_store_in_a_checkpoint_holds_trained_users_only_and_its_damage_is_found(
+    tiny: Tiny, tmp_path: Path, stored_users: None
+) -> None:
+    job = build_job(tiny.config())
+    directory = saved(job, tmp_path)
+    with UserStore.open(directory / "users") as store:
+        assert len(store) == 0
+    step_of(job, 0, job.optimizer, max_grad_norm=1.0)
+    directory = saved(job, tmp_path, step=2)
+    steps = job.optimizer.state[job.model.user_encoder.offsets]["step"]
+    with UserStore.open(directory / "users") as store:
+        assert set(store) == {job.model.users.user_ids[row] for row in steps.nonzero()[:, 0].tolist()}
+    entries = json.loads((directory / "manifest.json").read_text())["files"]
+    assert {name for name in entries if "/" in name} == {"users/index.sqlite", "users/tail-000000.bin"}
+    damage(directory / "users/tail-000000.bin")
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000001"

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+import resource
 
 import pytest
 import torch
 from torch import nn
 
+from prlhf.distributed import rank, world_size
 from prlhf.engine.build import build_job
-from prlhf.engine.optim import clip_gradients_, make_optimizer, set_learning_rate_, warmup_cosine
+from prlhf.engine.optim import (
+    all_reduce_gradients_,
+    clip_gradients_,
+    make_optimizer,
+    set_learning_rate_,
+    warmup_cosine,
+)
+from prlhf.usermodel import IndividualUserModel, row_table
+from tests.run_distributed import run_distributed_test
 from tests.tiny_run import Tiny
 
 
@@ -147,3 +157,61 @@ def test_clip_leaves_a_small_gradient_alone() -> None:
     parameter.grad = torch.tensor([0.3, 0.4])
     assert float(clip_gradients_([parameter], 1.0)) == pytest.approx(0.5)
     assert parameter.grad.tolist() == pytest.approx([0.3, 0.4])
+
+
+def _train_users(steps: int = 5) -> dict[str, torch.Tensor]:
+    """Parameters and moments of a user model after steps of two micro-batches, on this rank's rows of them."""
+    model = IndividualUserModel(num_users=6, num_user_tokens=2, dim=3)
+    parameters = {f"user_encoder.{name}": parameter for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(parameters, lr=0.1, user_lr=0.1, cluster_lr=0.1, encoder_lr=0.1, weight_decay=0.0)
+    targets = torch.randn(steps, 6, 2, 3, generator=torch.Generator().manual_seed(0))
+    for step in range(steps):
+        for user_ids in ([0, 3, 3, 5], [1 + step % 2, 0, 3, 0]):
+            mine = torch.tensor(user_ids)[rank() :: world_size()]
+            (model(mine) - targets[step][mine]).square().sum().backward()
+        all_reduce_gradients_(parameters.values())
+        clip_gradients_(list(parameters.values()), 5.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    moments = optimizer.state[model.offsets]
+    return {name: value.detach().clone() for name, value in {**parameters, **moments}.items()}
+
+
+def _assert_trained_like(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5)  # sums in another order, then Adam
+
+
+def test_a_large_table_trains_as_a_small_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = _train_users()
+    assert small["step"].tolist() == [3.0, 2.0, 5.0, 0.0, 5.0, 0.0]  # users 1 to 6, counted by hand
+    monkeypatch.setattr(row_table, "LARGE_TABLE_BYTES", 0)
+    large = _train_users()
+    _assert_trained_like(large, small)
+    assert torch.equal(large["user_encoder.offsets"][[3, 5]], torch.zeros(2, 2, 3))
+
+
+def _train_users_of_a_large_table(expected: dict[str, torch.Tensor]) -> None:
+    row_table.LARGE_TABLE_BYTES = 0
+    _assert_trained_like(_train_users(), expected)
+
+
+@pytest.mark.slow
+def test_ranks_sum_the_rows_of_a_large_table() -> None:
+    """User 5 and users 1 and 2 are on one rank only."""
+    run_distributed_test(_train_users_of_a_large_table, 2, _train_users())
+
+
+def test_a_large_table_costs_what_its_rows_cost() -> None:
+    """A million users of 15 KiB are 46 GB with their moments; eight of them are read and trained."""
+    model = IndividualUserModel(num_users=1_000_000, num_user_tokens=10, dim=384)
+    model.init_(torch.ones(10, 384))
+    parameters = {f"user_encoder.{name}": parameter for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(parameters, lr=0.1, user_lr=0.1, cluster_lr=0.1, encoder_lr=0.1, weight_decay=0.0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model(torch.arange(1, 1_000_000, 125_000)).square().sum().backward()
+    all_reduce_gradients_(parameters.values())
+    clip_gradients_(list(parameters.values()), 1.0)
+    optimizer.step()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 1024  # KiB
+    assert model.offsets[125_000].abs().min() > 0 and not model.offsets[125_001].any()

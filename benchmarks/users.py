@@ -1,0 +1,184 @@
+"""The user store from ten thousand to ten million users: opening, reading, appending, resident memory.
+
+    python benchmarks/users.py --directory /tmp/users_bench --out users.json
+
+Low-rank users have 16 numbers, individual ones a soft prompt of 10 x 384. Ids are 32 random hexadecimal digits, so an
+append changes pages all over the index. Each size is written by one process and read by another, each with peak memory
+of its own, torch's import included; before it is read, its files leave the system's page cache, so that the cold reads
+come from the disk. The directory is deleted after each size. Where other programs keep the cores busy, times also say
+what they are without the time that the process was ready and waited for a core (Linux's schedstat).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prlhf.evaluation.report import make_table
+from prlhf.usermodel.store import RowField, UserStore
+
+KINDS = {
+    "low-rank, float32": RowField((16,), torch.float32),
+    "low-rank, bfloat16": RowField((16,), torch.bfloat16),
+    "individual, bfloat16": RowField((10, 384), torch.bfloat16),
+}
+SIZES = (
+    ("low-rank, float32", 10_000),
+    ("low-rank, float32", 1_000_000),
+    ("low-rank, float32", 10_000_000),
+    ("low-rank, bfloat16", 10_000_000),
+    ("individual, bfloat16", 1_000_000),
+)
+NUM_READS = 2000
+
+
+def user_id(index: int) -> str:
+    """The id of the index-th user of the benchmark."""
+    return hashlib.md5(index.to_bytes(8, "little"), usedforsecurity=False).hexdigest()
+
+
+def append_users(directory: Path, kind: str, num_users: int, batch: int) -> dict[str, float]:
+    """Users per second of `put`, over all, over the last tenth, and without waiting for a core; peak memory."""
+    field = KINDS[kind]
+    noise = torch.randn(batch, *field.shape, generator=torch.Generator().manual_seed(0)).to(field.dtype)
+    seconds, waited_s = [], 0.0
+    with UserStore.create(directory, {"row": field}) as store:
+        for start in range(0, num_users, batch):
+            users = [user_id(i) for i in range(start, min(start + batch, num_users))]
+            rows = noise[: len(users)] + start / num_users
+            began, waited = time.perf_counter(), waited_for_core_s()
+            store.put(users, rows)
+            seconds.append(time.perf_counter() - began)
+            waited_s += waited_for_core_s() - waited
+    late = seconds[-max(1, len(seconds) // 10) :]
+    return {
+        "append_per_s": num_users / sum(seconds),
+        "unhindered_append_per_s": num_users / (sum(seconds) - waited_s),
+        "late_append_per_s": len(late) * min(batch, num_users) / sum(late),
+        "append_peak_mib": peak_mib(),
+    }
+
+
+def read_users(directory: Path, kind: str, num_users: int, batch: int) -> dict[str, float]:
+    """Opening and reads of one random user at a time, from the disk and once more from the page cache."""
+    for path in directory.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    began, waited = time.perf_counter(), waited_for_core_s()
+    store = UserStore.open(directory)
+    open_s = time.perf_counter() - began
+    figures = {"open_ms": 1e3 * open_s, "unhindered_open_ms": 1e3 * (open_s - waited_for_core_s() + waited)}
+    users = [user_id(i) for i in random.Random(0).sample(range(num_users), min(NUM_READS, num_users))]
+    for state in ("cold", "warm"):
+        seconds = [_time_read(store, user) for user in users]
+        figures[f"{state}_read_ms"] = 1e3 * statistics.median(seconds)
+        figures[f"{state}_read_p99_ms"] = 1e3 * statistics.quantiles(seconds, n=100)[-1]
+    store.close()
+    return {**figures, "read_peak_mib": peak_mib()}
+
+
+def _time_read(store: UserStore, user: str) -> float:
+    began = time.perf_counter()
+    store.read([user])
+    return time.perf_counter() - began
+
+
+def waited_for_core_s() -> float:
+    """Seconds that this process was ready to run and did not."""
+    return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+
+
+def peak_mib() -> float:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(kind: str, num_users: int, directory: Path, batch: int) -> dict[str, Any]:
+    """One size, each half in a process of its own."""
+    result: dict[str, Any] = {"kind": kind, "num_users": num_users}
+    batch = batch // 10 if kind.startswith("individual") else batch
+    try:
+        for half in ("append", "read"):
+            command = [sys.executable, __file__, "--half", half, kind, str(num_users), "--batch", str(batch)]
+            done = subprocess.run(
+                [*command, "--directory", str(directory)], check=True, capture_output=True, text=True
+            )
+            result |= json.loads(done.stdout)
+        result["disk_mib"] = sum(path.stat().st_size for path in directory.iterdir()) / 2**20
+        sys.stderr.write(f"{result}\n")
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    return result
+
+
+def format_results(results: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table."""
+    header = [
+        "users", "number", "open ms", "unhindered", "read ms: cold, p99", "warm, p99",
+        "appends/s", "last tenth", "unhindered", "peak MiB: reading", "appending", "disk MiB",
+    ]  # fmt: skip
+    rows = [
+        [
+            r["kind"],
+            f"{r['num_users']:,}",
+            f"{r['open_ms']:.1f}",
+            f"{r['unhindered_open_ms']:.1f}",
+            f"{r['cold_read_ms']:.2f}, {r['cold_read_p99_ms']:.2f}",
+            f"{r['warm_read_ms']:.3f}, {r['warm_read_p99_ms']:.3f}",
+            f"{r['append_per_s']:,.0f}",
+            f"{r['late_append_per_s']:,.0f}",
+            f"{r['unhindered_append_per_s']:,.0f}",
+            f"{r['read_peak_mib']:.0f}",
+            f"{r['append_peak_mib']:.0f}",
+            f"{r['disk_mib']:,.0f}",
+        ]
+        for r in results
+    ]
+    return make_table(header, rows)
+
+
+def main() -> None:
+    """Measure every size; print a table and write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("users_bench"), help="made and deleted")
+    parser.add_argument("--batch", type=int, default=50_000, help="users a put; a tenth of it of individual ones")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--max-users", type=int, default=10_000_000, help="leave larger sizes out")
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--half", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.half:
+        half, kind, num_users = args.half
+        figures = {"append": append_users, "read": read_users}[half](args.directory, kind, int(num_users), args.batch)
+        sys.stdout.write(json.dumps(figures))
+        return
+    results = [
+        measure(kind, num_users, args.directory, args.batch)
+        for kind, num_users in SIZES
+        if kind in args.kinds and num_users <= args.max_users
+    ]
+    setting = {"torch": torch.__version__, "python": platform.python_version(), "batch": args.batch}
+    if args.out:
+        args.out.write_text(json.dumps({"setting": setting, "results": results}, indent=2) + "\n", encoding="utf-8")
+    sys.stdout.write(format_results(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

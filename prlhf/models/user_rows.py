@@ -1,0 +1,99 @@
+"""A large table of users in a checkpoint: a user store in place of the table, so that only trained rows take space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from prlhf.data.records import UserIndex
+from prlhf.errors import CheckpointError
+from prlhf.usermodel import UserModel
+from prlhf.usermodel.row_table import RowTable, lazy_zeros
+from prlhf.usermodel.store import LOCK, RowField, UserStore
+
+STORE = "users"
+STORE_FROM_BYTES = 2**30
+CHUNK = 1024
+T = TypeVar("T")
+
+
+def stored_table(user_encoder: UserModel | None) -> tuple[str, RowTable] | None:
+    """The parameter that a checkpoint keeps as a store, with its name: a large table whose row i - 1 is user i's."""
+    if user_encoder is not None:
+        for name, table in user_encoder.named_parameters():
+            is_large = table.nbytes >= STORE_FROM_BYTES and len(table) == user_encoder.num_users
+            if isinstance(table, RowTable) and is_large:
+                return name, table
+    return None
+
+
+@torch.no_grad()
+def write_rows(
+    directory: Path,
+    previous: Path | None,
+    table: Tensor,
+    moments: Mapping[str, Tensor],
+    users: UserIndex,
+    rows: Sequence[int],
+) -> dict[str, tuple[int, str]]:
+    """Write a store: what the previous one holds, and rows of the table with their moments over it.
+
+    Args:
+        directory: of the new store, empty.
+        previous: a store to go on from; its full shards are hard-linked.
+    Returns: size and sha256 of the full shards by name.
+    """
+    if previous is None:
+        fields = {name: RowField(tuple(moment.shape[1:]), moment.dtype) for name, moment in moments.items()}
+        UserStore.create(directory, {"row": RowField(tuple(table.shape[1:]), table.dtype), **fields}).close()
+    else:
+        with UserStore.open(previous) as store:
+            store.link_into(directory)
+    with UserStore.open(directory, write=True) as store:
+        for chunk in _chunks(rows):
+            values = {name: moment[chunk] for name, moment in moments.items()}
+            store.put([users.user_ids[row] for row in chunk], table[chunk], **values)
+        full = store.full_shards()
+    (directory / LOCK).unlink()
+    return full
+
+
+@torch.no_grad()
+def read_rows_(directory: Path, table: Tensor, users: UserIndex, field: str = "row") -> None:
+    """Fill a table of zeros with what a store holds.
+
+    Raises: CheckpointError: damage, rows of another shape, or of a user whom the checkpoint does not know.
+    """
+    with UserStore.open(directory) as store:
+        expected = RowField(tuple(table.shape[1:]), table.dtype)
+        if store.fields.get(field) != expected:
+            raise CheckpointError(
+                f"{directory}: {field}: got {store.fields.get(field)}, expected {expected}; use another checkpoint"
+            )
+        for user_ids in _chunks(list(store)):
+            if unknown := [user_id for user_id in user_ids if user_id not in users]:
+                raise CheckpointError(f"{directory}: user {unknown[0]!r} is not in users.json; use another checkpoint")
+            table[[users.index(user_id) - 1 for user_id in user_ids]] = store.read(user_ids, field).to(table.device)
+
+
+def empty_moments(table: Tensor) -> dict[str, Tensor]:
+    """AdamW's moments of no row at all: what stands beside rows, with its shapes."""
+    return {"step": table.new_zeros(0), "exp_avg": table.detach()[:0], "exp_avg_sq": table.detach()[:0]}
+
+
+def read_moments(directory: Path, table: Tensor, users: UserIndex) -> dict[str, Tensor]:
+    """Moments of a table's rows, zero where the store has none."""
+    moments = {}
+    for name, rows in empty_moments(table).items():
+        moments[name] = lazy_zeros(len(table), *rows.shape[1:]).to(table.device)
+        read_rows_(directory, moments[name], users, name)
+    return moments
+
+
+def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), CHUNK):
+        yield values[start : start + CHUNK]

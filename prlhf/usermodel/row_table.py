@@ -1,0 +1,61 @@
+"""A table with a row a user, of so many users that only rows that were used may take memory."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LARGE_TABLE_BYTES = 16 * 2**20
+
+
+class RowTable(nn.Parameter):
+    """A large table, whose gradient is sparse: a step costs what its rows cost, whatever the number of users."""
+
+
+def make_table(*shape: int) -> nn.Parameter:
+    """A table of zeros, float32: a `RowTable` if it is large."""
+    if 4 * torch.Size(shape).numel() < LARGE_TABLE_BYTES:
+        return nn.Parameter(torch.zeros(shape))
+    return RowTable(lazy_zeros(*shape))
+
+
+def lazy_zeros(*shape: int) -> Tensor:
+    """Zeros, float32, on the CPU, of which only pages that were used exist.
+
+    They are mapped from a file without a name in the folder for temporary files (TMPDIR), which takes disk where rows
+    were written; so the system can put rows that are not in use there when memory is short.
+    """
+    num_bytes = 4 * torch.Size(shape).numel()
+    with tempfile.TemporaryFile() as file:
+        file.truncate(num_bytes)
+        pages = mmap.mmap(file.fileno(), num_bytes)
+    pages.madvise(mmap.MADV_RANDOM)  # reading ahead would bring pages that nobody uses into being
+    return torch.frombuffer(pages, dtype=torch.float32).view(shape)
+
+
+@torch.no_grad()
+def zero_(table: nn.Parameter) -> None:
+    """Set a table to zero without touching the pages of a large one."""
+    if isinstance(table, RowTable) and table.device.type == "cpu":
+        table.data = lazy_zeros(*table.shape)
+    else:
+        table.zero_()
+
+
+class GatherRows(torch.autograd.Function):
+    """Rows (B, ...) of a table (N, ...) by (B,) int64; the table's gradient is sparse in its first dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
+        """The rows."""
+        ctx.rows, ctx.shape = rows, table.shape
+        return table.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """One entry for each row that was asked for, repeated ones too; `coalesce` sums them in this order."""
+        return torch.sparse_coo_tensor(ctx.rows[None], gradient, ctx.shape, check_invariants=False), None
