@@ -160,10 +160,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints; the last step is always saved, `every_steps: 0` saves no other."""
+    """Checkpoints; the last step is always saved, `every_steps: 0` saves no other.
+
+    Besides the last `keep_last`, `keep_best` keeps the one with the best accuracy on dev rows, of those evaluated.
+    """
 
     every_steps: int = 100
     keep_last: int = 2
+    keep_best: bool = True
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from prlhf.distributed import world_size
+from prlhf.distributed import all_reduce_sum, world_size
 
 BUCKET_ELEMENTS = 16 * 2**20
 ROW_TABLES = ("user_encoder.offsets", "user_encoder.weights")  # a row a user
@@ -140,8 +139,7 @@ def all_reduce_gradients_(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def _all_reduce_bucket_(gradients: list[Tensor]) -> None:
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
+    flat = all_reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
     for gradient, reduced in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(reduced.view_as(gradient))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prlhf.data.collate import LabelledBatch, PairBatch, ResponseBatch
 from prlhf.distributed import all_reduce_any
+from prlhf.engine.faults import reach
 from prlhf.engine.kl import estimate_kl
 from prlhf.engine.objective import Objective, ReferenceLogps
 from prlhf.engine.optim import all_reduce_gradients_, clip_gradients_
@@ -85,10 +86,12 @@ def train_step_(
         model, objective, batches, reference_of=reference_of, num_global_rows=num_global_rows, autocast=autocast
     )
     parameters = list(model.trainable().values())
+    reach("after_backward", parameters=parameters)
     all_reduce_gradients_(parameters)
     result.grad_norm = clip_gradients_(parameters, max_grad_norm)
     loss = result.sums.get("loss", result.grad_norm)
     result.skipped = all_reduce_any(not bool(torch.isfinite(loss) & torch.isfinite(result.grad_norm)))
+    reach("before_optimizer")
     if not result.skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
