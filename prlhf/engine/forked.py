@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -51,10 +52,18 @@ class ForkedProcess:
         self.send_signal(signal.SIGTERM)
 
 
-def fork_training(argv: list[str], environment: Mapping[str, str], log: Path) -> ForkedProcess:
-    """`python -m prlhf.engine.launch ARGV` in a fork."""
+def fork_training(
+    argv: list[str], environment: Mapping[str, str], log: Path, file_limit: int | None = None
+) -> ForkedProcess:
+    """`python -m prlhf.engine.launch ARGV` in a fork.
+
+    Args:
+        file_limit: bytes that a file may have; writing more fails as on a full disk.
+    """
 
     def call() -> int:
+        if file_limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         os.environ.update(environment)
         return main(argv)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from prlhf.data.world.tokenizer import train_tokenizer
 from prlhf.yaml_strict import dump_yaml
 
 NUM_STEPS = 6
@@ -59,6 +58,8 @@ def _judgment(thing: str, user: str) -> dict[str, str]:
 
 def _write_model(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from prlhf.data.world.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer([_judgment(thing, "ann")["rejected"] for thing in _THINGS], vocab_size=300)
     config = LlamaConfig(
