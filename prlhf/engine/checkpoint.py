@@ -57,6 +57,8 @@ class Progress:
     rows_seen: int = 0
     tokens_seen: int = 0
     train_seconds: float = 0.0
+    usual_loss: float = 0.0
+    num_usual_losses: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def load_checkpoint_(
         logger.warning(
             "%s: no random state for rank %d (other world size); dropout masks will differ", directory, rank()
         )
-    return Progress(**{name: state[name] for name in asdict(Progress())})
+    return Progress(**{name: state[name] for name in asdict(Progress()) if name in state})
 
 
 def find_checkpoint(run_dir: Path) -> Path | None:

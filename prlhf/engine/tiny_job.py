@@ -40,12 +40,12 @@ def _settings(folder: Path) -> dict[str, Any]:
         "name": "tiny",
         "data": {"source": str(folder / "data"), "max_tokens": 200, "max_prompt_tokens": 64},
         "model": {"backbone": str(folder / "model"), "lora": lora},
-        "user": {"num_user_tokens": 3},
+        "user": {"num_user_tokens": 3, "init": "uniform"},
         "train": {
             "max_steps": NUM_STEPS, "batch_rows": 4, "lr": 1e-2, "user_lr": 1e-2, "warmup_steps": 2, "log_every": 1,
             "device": "cpu", "num_threads": 1,
         },
-        "eval": {"every_steps": EVAL_STEP, "generate": 1, "max_new_tokens": 4},
+        "eval": {"every_steps": EVAL_STEP, "generate": 1, "few_shot": 0, "max_new_tokens": 4},
         "checkpoint": {"every_steps": CHECKPOINT_EVERY},
     }
 

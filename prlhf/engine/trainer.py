@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from tqdm import tqdm
 
 from prlhf.config import Config, changed_keys, dump_config, load_config
@@ -36,6 +37,7 @@ from prlhf.engine.metrics import StepMetrics
 from prlhf.engine.optim import set_learning_rate_, warmup_cosine
 from prlhf.engine.reference import LiveReference, compute_reference_table, no_reference
 from prlhf.engine.run_dir import RunDir
+from prlhf.engine.spikes import loss_limit, take_up_loss_
 from prlhf.engine.step import Batch, StepResult, train_step_
 from prlhf.errors import Preempted, PrlhfError, RankError, RunDirError
 from prlhf.evaluation.report import load_final
@@ -117,6 +119,7 @@ def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[
             num_global_rows=num_global_rows,
             max_grad_norm=config.train.max_grad_norm,
             autocast=job.autocast,
+            max_loss=loss_limit(progress, config.train.skip_loss_above),
         )
         _count_(progress, result, num_global_rows, time.perf_counter() - began, config.train.max_skipped_steps)
         metrics.add(progress, result, lr=job.optimizer.param_groups[0]["lr"])
@@ -137,7 +140,16 @@ def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[
 
 
 def save_job(job: Job, progress: Progress, run_dir: Path) -> None:
-    """Write the checkpoint of the current step, on all ranks."""
+    """Write the checkpoint of the current step, on all ranks.
+
+    Raises: PrlhfError: there is nothing worth keeping.
+    """
+    broken = [name for name, tensor in job.model.trainable().items() if not bool(torch.isfinite(tensor).all())]
+    if all_reduce_any(bool(broken)):
+        raise PrlhfError(
+            f"train: {', '.join(broken[:3]) or 'weights'} not finite after step {progress.step}; lower train.lr or "
+            "train.user_lr; what was saved before is kept"
+        )
     save_checkpoint(
         run_dir,
         job.model,
@@ -196,11 +208,15 @@ def _count_(progress: Progress, result: StepResult, num_rows: int, seconds: floa
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
     if result.skipped:
         progress.skipped_steps += 1
-        logger.warning("step %d: loss or gradient not finite; skipped on all ranks", progress.step)
+        is_finite = result.mean_loss is not None and math.isfinite(result.mean_loss)
+        reason = f"loss {result.mean_loss:.4g} is far above the usual" if is_finite else "loss or gradient not finite"
+        logger.warning("step %d: %s; skipped on all ranks", progress.step, reason)
+    elif result.mean_loss is not None:
+        take_up_loss_(progress, result.mean_loss)
     if progress.skipped_in_a_row >= max_skipped:
         raise PrlhfError(
-            f"train: {max_skipped} steps in a row without a finite loss and gradient, up to step "
-            f"{progress.step}; lower train.lr or train.user_lr, or look at the data"
+            f"train: {max_skipped} steps in a row without a finite loss and gradient, or above train.skip_loss_above, "
+            f"up to step {progress.step}; lower train.lr or train.user_lr, or look at the data"
         )
 
 
