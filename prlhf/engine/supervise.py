@@ -23,7 +23,7 @@ POLL_S = 0.1
 LEAVE_S = 5.0  # how long ranks may take to notice that another one is gone
 SAVE_S = 120.0  # how long they may take to notice that another one was stopped by a signal
 STACK_S = 0.5  # how long a rank may take to write its stack
-IDLE_CPU_S = 0.1  # work in `hang_after_s` seconds below which a silent rank does nothing
+IDLE_CPU_S = 0.05  # work in `hang_after_s` seconds below which a silent rank does nothing
 
 Start = Callable[[Mapping[str, str]], Child]
 
@@ -104,7 +104,7 @@ def _run_once(
     ended = [rank for rank in ranks if rank.child.poll()]
     guilty = hung or [rank for rank in ended if not rank.is_waiting] or ended
     names = ", ".join(map(str, guilty))
-    blame = f"{names}: no sign of life for {hang_after_s:.0f} s, stacks are above" if hung else names
+    blame = f"{names}: no sign of life for {hang_after_s:g} s, stacks are above" if hung else names
     could_tell = ranks[0] in guilty and ranks[0].child.poll() != -signal.SIGKILL
     if guilty and not could_tell and read_status(run_dir).get("status") in ("running", "evaluating", "failed"):
         RunDir(run_dir, writes=True).set_status("failed", error=blame)
