@@ -111,7 +111,8 @@ def _collective() -> Iterator[None]:
             raise Preempted(
                 "another rank was stopped by a signal; the same command goes on from the last checkpoint"
             ) from None
-        raise RankError(f"rank {rank()}: another rank is gone, or did not come ({error})") from None
+        reason = str(error).split(". ")[0]
+        raise RankError(f"rank {rank()}: another rank is gone, or did not come ({reason})") from None
     _write_pulse(0.0, is_waiting=False)
 
 

@@ -134,7 +134,7 @@ def _check(code: int, expected: int) -> list[str]:
 
 
 def _disturbed(fault: str, code: int, bench: Bench, num_ranks: int = 1) -> list[str]:
-    name = fault.replace(":", "-")
+    name = f"{num_ranks}-{fault.replace(':', '-')}"
     outcome = bench.train(name, fault=fault, num_ranks=num_ranks)
     problems = [*_check(outcome.code, code), *bench.differences(name, num_ranks)]
     if outcome.seconds > MUST_END_S:
@@ -190,7 +190,7 @@ def _absurd_rate(rate: str, bench: Bench) -> list[str]:
 
 
 def _stopped(fault: str, bench: Bench, num_ranks: int = 1) -> list[str]:
-    name = fault.replace(":", "-")
+    name = f"{num_ranks}-{fault.replace(':', '-')}"
     outcome = bench.train(name, fault=fault, num_ranks=num_ranks)
     status = read_status(bench.runs / name).get("status", "preempted")  # before the first step nothing is begun
     problems = [*_check(outcome.code, 75), *([] if status == "preempted" else [f"status {status}"])]
@@ -232,7 +232,7 @@ def _all_damaged(bench: Bench) -> list[str]:
 
 
 def _lost_rank(fault: str, rank: int, bench: Bench) -> list[str]:
-    name = fault.replace(":", "-")
+    name = f"2-{fault.replace(':', '-')}"
     outcome = bench.train(name, fault=fault, num_ranks=2)
     blamed = [line for line in outcome.errors if line.startswith(f"error: rank {rank} (process")]
     problems = [*_check(outcome.code, 1), *([] if blamed else [f"not named: {outcome.errors}"])]

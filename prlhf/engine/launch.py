@@ -53,6 +53,8 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_training(args: argparse.Namespace) -> int:
     """Train as the arguments say, in this process or as several ranks; the exit code."""
+    if args.nproc < 1 or args.max_restarts < 0 or args.hang_after <= 0:
+        raise ConfigError("train: --nproc is 1 or more, --max-restarts 0 or more, --hang-after above 0")
     config = load_config(args.config, args.overrides)
     run_dir = Path(args.runs) / config.name
     arm_faults()
@@ -81,9 +83,6 @@ def run_training(args: argparse.Namespace) -> int:
 
 def _run_supervised(args: argparse.Namespace, run_dir: Path) -> int:
     from prlhf.engine.supervise import run_ranks
-
-    if args.nproc < 1 or args.max_restarts < 0 or args.hang_after <= 0:
-        raise ConfigError("train: --nproc must be 1 or more, --max-restarts 0 or more and --hang-after above 0")
 
     def start(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         begun_again = environment["TORCHELASTIC_RESTART_COUNT"] != "0" and any(run_dir.glob("checkpoints/step-*"))
