@@ -26,12 +26,8 @@ $(TLDR_MODEL): | $(INSTALLED)
 	$(BIN)/prlhf train experiments/builtin_tldr.yaml
 	$(BIN)/python -m prlhf.engine.write_builtin runs/builtin_tldr --out $(dir $@)
 
-train: require-experiment $(INSTALLED) $(NEEDS) ## Train: make train EXP=psoups [NPROC=2] [ARGS="train.lr=1e-4 name=mine"]
-ifeq ($(NPROC),1)
-	$(BIN)/prlhf train $(CONFIG) $(ARGS)
-else
-	$(BIN)/torchrun --standalone --nproc-per-node=$(NPROC) -m prlhf.engine.launch $(CONFIG) $(ARGS)
-endif
+train: require-experiment $(INSTALLED) $(NEEDS) ## Train: make train EXP=psoups [NPROC=2] [ARGS="train.lr=1e-4 --max-restarts 3"]
+	$(BIN)/prlhf train $(CONFIG) --nproc $(NPROC) $(ARGS)
 
 compare: require-experiment $(INSTALLED) $(NEEDS) ## Train what is missing of an experiment and its variants, then tabulate: EXP=psoups
 	$(BIN)/prlhf compare $(CONFIG) $(VARIANTS) $(ARGS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prlhf.engine.launch import add_train_arguments, configure_logging, report_errors, run_training
+from prlhf.engine.selftest import add_selftest_arguments, run_selftest
 from prlhf.errors import ConfigError, DataError
 
 
@@ -79,6 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     users.set_defaults(run=run_users)
     _add_generation_commands(commands)
     _add_data_commands(commands)
+    selftest = commands.add_parser("selftest", help="a tiny job under faults: whether nothing is lost")
+    add_selftest_arguments(selftest)
+    selftest.set_defaults(run=run_selftest)
     commands.add_parser("env", help="print versions and hardware").set_defaults(run=_env)
     return parser
 

@@ -112,7 +112,8 @@ class TrainConfig:
     `group_pairs` shows the judgments of one pair in one step, which then computes the generic user's part once.
     `user_lr` is the rate of the user embeddings, `cluster_lr` that of the users' weights of shared soft prompts
     (cluster, low_rank), `encoder_lr` that of what reads a user (text, history). `max_steps: null` trains `epochs`
-    epochs; the run stops after `max_skipped_steps` non-finite steps in a row.
+    epochs; the run stops after `max_skipped_steps` skipped steps in a row. A step is skipped when its loss or
+    gradient is not finite, or its mean loss is above `skip_loss_above` times the usual one of late (null: no limit).
     """
 
     epochs: int = 1
@@ -129,6 +130,7 @@ class TrainConfig:
     warmup_steps: int = 150
     max_grad_norm: float = 1.0
     max_skipped_steps: int = 10
+    skip_loss_above: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     parallel: Literal["ddp"] = "ddp"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -160,10 +162,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints; the last step is always saved, `every_steps: 0` saves no other."""
+    """Checkpoints; the last step is always saved, `every_steps: 0` saves no other.
+
+    Besides the last `keep_last`, `keep_best` keeps the one with the best accuracy on dev rows, of those evaluated.
+    """
 
     every_steps: int = 100
     keep_last: int = 2
+    keep_best: bool = True
 
 
 @dataclass(frozen=True)

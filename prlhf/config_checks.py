@@ -71,6 +71,7 @@ _LIMITS: dict[str, _Limit] = {
     "train.warmup_steps": _NOT_NEGATIVE,
     "train.max_grad_norm": _ABOVE_ZERO,
     "train.max_skipped_steps": _AT_LEAST_ONE,
+    "train.skip_loss_above": (lambda value: value > 1, "a number above 1"),
     "train.num_threads": _AT_LEAST_ONE,
     "train.log_every": _AT_LEAST_ONE,
     "eval.every_steps": _NOT_NEGATIVE,

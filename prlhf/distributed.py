@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -12,10 +15,39 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from prlhf.errors import ConfigError
+from prlhf.errors import ConfigError, Preempted, RankError
 
 DEFAULT_TIMEOUT_S = 600.0
+PULSE_VARIABLE = "PRLHF_PULSE"
+PULSE = struct.Struct("<qd?")  # beats so far, silence beyond the usual that is no bad sign (s), waits for others
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_STOPPING = "stopping"  # a key in the group's store: a rank that a signal stopped has left
+_group_store: dist.Store | None = None
+_pulse_file: int | None = None
+_num_beats = 0
+
+
+def start_pulse() -> None:
+    """From now on `beat` leaves signs of life in the file that whoever started this rank named in the environment."""
+    global _pulse_file
+    path = os.environ.get(PULSE_VARIABLE)
+    _pulse_file = None if path is None else os.open(path, os.O_WRONLY | os.O_CREAT)
+
+
+def beat(*, patience_s: float = 0.0) -> None:
+    """A sign of life, between steps and batches.
+
+    Args:
+        patience_s: how much longer than usual this rank may be silent now.
+    """
+    global _num_beats
+    _num_beats += 1
+    _write_pulse(patience_s, is_waiting=False)
+
+
+def _write_pulse(patience_s: float, *, is_waiting: bool) -> None:
+    if _pulse_file is not None:
+        os.pwrite(_pulse_file, PULSE.pack(_num_beats, patience_s, is_waiting), 0)
 
 
 def init_process_group(device_type: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
@@ -25,7 +57,7 @@ def init_process_group(device_type: str, *, timeout_s: float = DEFAULT_TIMEOUT_S
 
     Args:
         device_type: "cuda" communicates by NCCL, anything else by gloo.
-        timeout_s: a collective that waits longer for another rank raises RuntimeError.
+        timeout_s: a collective that waits longer for another rank raises RankError.
     Raises: ConfigError: the environment describes a rank only in part.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -46,12 +78,49 @@ def init_process_group(device_type: str, *, timeout_s: float = DEFAULT_TIMEOUT_S
     dist.init_process_group(
         backend, store=store, rank=rank_, world_size=world_size_, timeout=timeout, device_id=device
     )
+    global _group_store
+    _group_store = store
 
 
 def teardown() -> None:
     """Leave the process group."""
+    global _group_store
+    _group_store = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def announce_stop() -> None:
+    """Tell the other ranks that this one leaves because of a signal: what they wait for will not come."""
+    if _group_store is not None:
+        with suppress(RuntimeError):  # whoever keeps the store has left already
+            _group_store.set(_STOPPING, "1")
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """Around what waits for other ranks.
+
+    Raises: RankError: one is gone or did not come in time. Preempted: it left because of a signal.
+    """
+    _write_pulse(0.0, is_waiting=True)
+    try:
+        yield
+    except RuntimeError as error:
+        if _is_stopping():
+            raise Preempted(
+                "another rank was stopped by a signal; the same command goes on from the last checkpoint"
+            ) from None
+        reason = str(error).split(". ")[0]
+        raise RankError(f"rank {rank()}: another rank is gone, or did not come ({reason})") from None
+    _write_pulse(0.0, is_waiting=False)
+
+
+def _is_stopping() -> bool:
+    try:
+        return _group_store is not None and _group_store.check([_STOPPING])
+    except RuntimeError:
+        return False
 
 
 def rank() -> int:
@@ -70,22 +139,39 @@ def is_main() -> bool:
 
 
 def barrier(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-    """Wait for every rank; on gloo the RuntimeError after `timeout_s` names the ranks that did not come."""
+    """Wait for every rank; on gloo the RankError after `timeout_s` names the ranks that did not come."""
     if not dist.is_initialized():
         return
-    if dist.get_backend() == "gloo":
-        dist.monitored_barrier(timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
-    else:
-        dist.barrier()
+    with _collective():
+        if dist.get_backend() == "gloo":
+            dist.monitored_barrier(timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
+        else:
+            dist.barrier()
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum a tensor over all ranks, in place; the same tensor is returned, on whatever device it is."""
     if dist.is_initialized():
-        moved = tensor.to(_communication_device())
-        dist.all_reduce(moved)
-        tensor.copy_(moved)
+        with _collective():
+            moved = tensor.to(_communication_device())
+            dist.all_reduce(moved)
+            tensor.copy_(moved)
     return tensor
+
+
+def all_gather_rows(tensor: Tensor) -> Tensor:
+    """The rows of all ranks, one after the other; each rank may have another number of them."""
+    if not dist.is_initialized():
+        return tensor
+    sizes = torch.zeros(world_size(), dtype=torch.int64)
+    sizes[rank()] = len(tensor)
+    all_reduce_sum(sizes)
+    padded = tensor.new_zeros((int(sizes.max()), *tensor.shape[1:])).to(_communication_device())
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in sizes]
+    with _collective():
+        dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)]).to(tensor.device)
 
 
 def all_reduce_any(flag: bool) -> bool:
@@ -102,7 +188,8 @@ def broadcast_object(value: Any) -> Any:
     """
     payload = json.dumps(value).encode() if is_main() else b""
     if dist.is_initialized():
-        payload = _broadcast_bytes(payload)
+        with _collective():
+            payload = _broadcast_bytes(payload)
     return json.loads(payload)
 
 

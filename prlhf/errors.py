@@ -43,6 +43,12 @@ class NoCheckpointError(CheckpointError):
     exit_code = 3
 
 
+class RankError(PrlhfError, RuntimeError):
+    """Another rank is gone, or does not answer."""
+
+    exit_code = 1
+
+
 class Preempted(Exception):
     """A signal asked the run to stop; everything was saved."""
 

@@ -85,13 +85,20 @@ def seal_directory(directory: Path, known: Mapping[str, tuple[int, str]] | None 
         if path.is_file():
             size, digest = known.get(name) or (path.stat().st_size, sha256_of(path))
             entries[name] = {"size": size, "sha256": digest}
-    write_json_atomic(directory / MANIFEST, {"files": entries})
+    write_text_atomic(directory / MANIFEST, _manifest_text(entries))
+
+
+def _manifest_text(entries: Any) -> str:
+    return json.dumps({"files": entries}, indent=2, ensure_ascii=False) + "\n"
 
 
 def find_damage(directory: Path) -> list[str]:
     """What is wrong with a sealed directory, one line a file; empty when every byte is as it was sealed."""
     try:
-        entries = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+        text = (directory / MANIFEST).read_text(encoding="utf-8")
+        entries = json.loads(text)["files"]
+        if text != _manifest_text(entries):  # nothing else vouches for this file
+            raise ValueError
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [f"{directory / MANIFEST}: missing or malformed"]

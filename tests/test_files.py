@@ -117,7 +117,7 @@ def test_links_and_names_outside_the_directory_are_damage(sealed: Path, tmp_path
     (sealed / "b.bin").symlink_to(tmp_path / "outside")
     assert find_damage(sealed) == [f"{sealed / 'b.bin'}: not a plain file of this directory"]
     manifest = {"files": {"../outside": {"size": 4, "sha256": hashlib.sha256(b"bbbb").hexdigest()}}}
-    (sealed / MANIFEST).write_text(json.dumps(manifest))
+    (sealed / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     assert find_damage(sealed) == [f"{sealed / '../outside'}: not a plain file of this directory"]
 
 
@@ -127,6 +127,17 @@ def test_a_directory_without_a_readable_manifest_is_damaged(sealed: Path, text: 
     if text is not None:
         (sealed / MANIFEST).write_text(text)
     assert find_damage(sealed) == [f"{sealed / MANIFEST}: missing or malformed"]
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_manifest_with_a_byte_changed_or_cut_off_is_damage(sealed: Path, bit: int) -> None:
+    """Also where it is still JSON that says the same, such as without its last line break."""
+    data = (sealed / MANIFEST).read_bytes()
+    for place in range(len(data)):
+        (sealed / MANIFEST).write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+        assert find_damage(sealed), place
+    (sealed / MANIFEST).write_bytes(data[:-1])
+    assert find_damage(sealed)
 
 
 def test_publishing_moves_the_whole_directory(sealed: Path, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prlhf.data.context import facts_record
-from prlhf.distributed import all_reduce_any, barrier, is_main, rank
+from prlhf.distributed import all_reduce_any, barrier, beat, is_main, rank
+from prlhf.engine.faults import reach
 from prlhf.engine.optim import RowLazyAdamW
-from prlhf.errors import CheckpointError, NoCheckpointError, PrlhfError, RunDirError
+from prlhf.errors import CheckpointError, DataError, NoCheckpointError, PrlhfError, RunDirError
 from prlhf.files import (
     find_damage,
     publish_directory,
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER = "optimizer.safetensors"
 CONFIG = "config.yaml"
+DISK_PROBLEMS = (OSError, RunDirError, CheckpointError, DataError)  # of this rank; not the loss of another one
+SLOW_DISK = 5e6  # bytes a second, below which a rank that writes counts as one that hangs
 
 
 @dataclass
@@ -57,6 +60,8 @@ class Progress:
     rows_seen: int = 0
     tokens_seen: int = 0
     train_seconds: float = 0.0
+    usual_loss: float = 0.0
+    num_usual_losses: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,12 @@ def save_checkpoint(
     identity: RunIdentity,
     *,
     keep_last: int,
+    keep_best: bool = False,
 ) -> None:
     """Write a checkpoint on all ranks: files, flush, all ranks agree, manifest, rename, then delete older ones.
+
+    Args:
+        keep_best: also the one with the best accuracy on dev rows stays, of those evaluated during training.
 
     Raises: RunDirError: the disk is full or unwritable; the previous checkpoint stays.
     """
@@ -93,31 +102,37 @@ def save_checkpoint(
         return
     problem: Exception | None = None
     flushed: dict[str, tuple[int, str]] = {}
+    needed = _num_bytes(model, optimizer)
     try:
         if is_main():
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         barrier()
+        beat(patience_s=needed / SLOW_DISK)
+        reach("checkpoint_file")
         save_file(
             {"torch": torch.get_rng_state(), **_device_rng(model.device)}, temporary / f"rng-{rank()}.safetensors"
         )
         if is_main():
             _write_shared_files(temporary, model, optimizer, progress, identity)
             flushed = _write_user_store(temporary, model, optimizer)
-    except (OSError, SafetensorError, PrlhfError) as error:  # safetensors wraps a full disk in an error of its own
+    except (*DISK_PROBLEMS, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         problem = error
-    if all_reduce_any(problem is not None):
-        if is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise problem if isinstance(problem, PrlhfError) else _disk_error(temporary, problem)
+    _raise_together(problem, temporary, needed)
     if is_main():
         try:
+            reach("before_manifest")
             seal_directory(temporary, flushed)
+            reach("before_rename")
             publish_directory(temporary, final)
+            reach("after_rename")
         except OSError as error:
-            raise _disk_error(temporary, error) from None
+            problem = error
+    _raise_together(problem, temporary, needed)
+    if is_main():
         optimizer.unsaved_rows, optimizer.saved_in = set(), final
-        remove_directories(_steps(root)[:-keep_last])
+        best = _best_of(_steps(root), run_dir) if keep_best else None
+        remove_directories(path for path in _steps(root)[:-keep_last] if path != best)
     barrier()
 
 
@@ -136,9 +151,11 @@ def _write_shared_files(
         _save(shared, directory / USERS)
     _save(_optimizer_tensors(model, optimizer), directory / OPTIMIZER)
     users = [] if model.users is None else list(model.users.user_ids)
+    reach("checkpoint_file")
     write_json_atomic(directory / USER_IDS, {"user_ids": users})
     if model.contexts is not None:
         write_json_atomic(directory / CONTEXTS, facts_record(model.contexts.facts))
+    reach("checkpoint_file")
     write_json_atomic(
         directory / STATE,
         {
@@ -149,7 +166,9 @@ def _write_shared_files(
             "data_sha256": identity.data_sha256,
         },
     )
+    reach("checkpoint_file")
     write_text_atomic(directory / CONFIG, identity.config_text)
+    reach("checkpoint_file")
     model.tokenizer.save_pretrained(directory)
 
 
@@ -207,7 +226,7 @@ def load_checkpoint_(
         logger.warning(
             "%s: no random state for rank %d (other world size); dropout masks will differ", directory, rank()
         )
-    return Progress(**{name: state[name] for name in asdict(Progress())})
+    return Progress(**{name: state[name] for name in asdict(Progress()) if name in state})
 
 
 def find_checkpoint(run_dir: Path) -> Path | None:
@@ -253,6 +272,7 @@ def _steps(root: Path) -> list[Path]:
 
 
 def _save(tensors: dict[str, Any], path: Path) -> None:
+    reach("checkpoint_file")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
 
 
@@ -281,11 +301,35 @@ def _load_optimizer_(
         optimizer.state[parameters[name]][slot] = value.to(parameters[name].device)
 
 
-def _disk_error(path: Path, error: Exception | None) -> RunDirError:
+def _best_of(directories: list[Path], run_dir: Path) -> Path | None:
+    """The checkpoint with the best accuracy on dev rows, the earliest of equal ones; None where none was evaluated."""
+    accuracies = {}
+    for directory in directories:
+        evaluation = run_dir / "eval" / f"{directory.name}.json"
+        if evaluation.is_file() and (seen := read_json(evaluation)["accuracy"]["seen"]):
+            accuracies[directory] = seen["mean"]
+    return max(accuracies, key=accuracies.__getitem__, default=None)
+
+
+def _raise_together(problem: Exception | None, temporary: Path, needed: int) -> None:
+    """A rank that cannot write its part stops all of them, and leaves nothing half-written."""
+    if all_reduce_any(problem is not None):
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise problem if isinstance(problem, PrlhfError) else _disk_error(temporary, problem, needed)
+
+
+def _num_bytes(model: PersonalizedModel, optimizer: RowLazyAdamW) -> int:
+    """About what a checkpoint takes; what is beside the tensors is small."""
+    tensors = [*model.trainable().values(), *_optimizer_tensors(model, optimizer).values()]
+    return sum(tensor.nbytes for tensor in tensors) + 2**20
+
+
+def _disk_error(path: Path, error: Exception | None, needed: int) -> RunDirError:
     if error is None:
         return RunDirError(f"{path}: another rank could not write its part; see its log")
     free = shutil.disk_usage(path.parent if path.parent.exists() else Path.cwd()).free
     return RunDirError(
-        f"{path}: {getattr(error, 'strerror', None) or error}; {free / 2**20:.0f} MiB free; make room and start again, "
-        "the previous checkpoint is kept"
+        f"{path}: {getattr(error, 'strerror', None) or error}; {free / 2**20:.0f} MiB free, about "
+        f"{needed / 2**20:.0f} MiB needed; make room and start again, the previous checkpoint is kept"
     )

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from prlhf.config import Config, changed_keys, load_config
 from prlhf.engine.checkpoint import CONFIG
@@ -14,12 +15,25 @@ from prlhf.engine.run_dir import read_status
 from prlhf.errors import ConfigError, Preempted
 
 
+class Child(Protocol):
+    """What is used of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+    def terminate(self) -> None: ...
+
+
 class SignalRelay:
-    """SIGTERM and SIGINT inside the context are remembered, and passed on to the process that trains."""
+    """SIGTERM and SIGINT inside the context are remembered, and passed on to the processes that train."""
 
     def __init__(self) -> None:
         self.is_set = False
-        self._child: subprocess.Popen[bytes] | None = None
+        self.children: Sequence[Child] = ()
 
     def __enter__(self) -> SignalRelay:
         self._before = {number: signal.signal(number, self._pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -31,17 +45,17 @@ class SignalRelay:
 
     def _pass_on(self, number: int, frame: object) -> None:
         self.is_set = True
-        if self._child is not None:
-            self._child.terminate()
+        for child in self.children:
+            child.terminate()
 
     def run(self, command: Sequence[str]) -> int:
         """Run a command without its standard output; the exit code."""
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
-            self._child = child
+            self.children = [child]
             if self.is_set:  # it came while the process was being started
                 child.terminate()
             code = child.wait()
-        self._child = None
+        self.children = ()
         return code
 
 

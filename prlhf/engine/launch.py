@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
+import faulthandler
 import logging
 import os
 import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prlhf.config import load_config
-from prlhf.distributed import init_process_group, is_main, teardown
-from prlhf.errors import Preempted, PrlhfError
+from prlhf.distributed import PULSE_VARIABLE, init_process_group, is_main, start_pulse, teardown
+from prlhf.engine.faults import arm_faults
+from prlhf.errors import ConfigError, Preempted, PrlhfError
 
 logger = logging.getLogger(__name__)
 
 EXIT_BAD_INPUT = 2
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -30,21 +36,38 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", default="auto", metavar="auto|never|PATH", help="where to go on from (default: auto)"
     )
     parser.add_argument(
+        "--nproc", type=int, default=1, metavar="N", help="ranks to start on this machine (default: 1)"
+    )
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="R",
+        help="how often to go on from the last checkpoint after a rank has died or hung (default: 0)",
+    )
+    parser.add_argument(
+        "--hang-after", type=float, default=20.0, metavar="S",
+        help="seconds without work after which a rank counts as hung (default: 20)",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="resolve, load, tokenize, print sizes and estimates, stop"
     )
 
 
 def run_training(args: argparse.Namespace) -> int:
-    """Train as the arguments say, in this process; the exit code."""
+    """Train as the arguments say, in this process or as several ranks; the exit code."""
+    if args.nproc < 1 or args.max_restarts < 0 or args.hang_after <= 0:
+        raise ConfigError("train: --nproc is 1 or more, --max-restarts 0 or more, --hang-after above 0")
     config = load_config(args.config, args.overrides)
     run_dir = Path(args.runs) / config.name
+    arm_faults()
     if args.dry_run:
         from prlhf.engine.dry_run import describe_job
 
         sys.stdout.write(describe_job(config, run_dir))
         return 0
+    if args.nproc > 1 or args.max_restarts > 0:
+        return _run_supervised(args, run_dir)
     from prlhf.engine.trainer import train
 
+    _obey_supervisor()
     device = config.train.device
     init_process_group("cuda" if device in ("auto", "cuda") and _cuda_available() else "cpu")
     try:
@@ -56,6 +79,31 @@ def run_training(args: argparse.Namespace) -> int:
         return 0
     finally:
         teardown()
+
+
+def _run_supervised(args: argparse.Namespace, run_dir: Path) -> int:
+    from prlhf.engine.supervise import run_ranks
+
+    def start(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        begun_again = environment["TORCHELASTIC_RESTART_COUNT"] != "0" and any(run_dir.glob("checkpoints/step-*"))
+        resume = "auto" if begun_again else args.resume
+        command = [sys.executable, "-m", "prlhf.engine.launch", args.config, *args.overrides]
+        command += ["--runs", args.runs, "--resume", resume]
+        return subprocess.Popen(command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
+
+    return run_ranks(
+        start, run_dir, num_ranks=args.nproc, max_restarts=args.max_restarts, hang_after_s=args.hang_after
+    )
+
+
+def _obey_supervisor() -> None:
+    """Where `run_ranks` started this process: signs of life, stacks when it asks for them, and an end when it ends."""
+    if PULSE_VARIABLE not in os.environ:
+        return
+    start_pulse()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def configure_logging() -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from prlhf.distributed import world_size
+from prlhf.distributed import all_gather_rows, all_reduce_sum, world_size
 from prlhf.usermodel.row_table import RowTable, lazy_zeros
 
 BUCKET_ELEMENTS = 16 * 2**20
@@ -171,25 +170,12 @@ def _all_reduce_rows_(table: RowTable) -> None:
     if table.grad is not None:
         grad = table.grad.coalesce()
         rows, values = grad.indices()[0], grad.values()
-    sizes = torch.zeros(world_size(), dtype=torch.int64, device=table.device)
-    sizes[dist.get_rank()] = len(rows)
-    dist.all_reduce(sizes)
-    gathered = [_all_gather_padded(tensor, sizes) for tensor in (rows, values)]
-    table.grad = torch.sparse_coo_tensor(gathered[0][None], gathered[1], table.shape).coalesce()
-
-
-def _all_gather_padded(tensor: Tensor, sizes: Tensor) -> Tensor:
-    """Tensors of all ranks, of different lengths, one after the other."""
-    padded = tensor.new_zeros((int(sizes.max()), *tensor.shape[1:]))
-    padded[: len(tensor)] = tensor
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes.tolist(), strict=True)])
+    gathered = torch.sparse_coo_tensor(all_gather_rows(rows)[None], all_gather_rows(values), table.shape)
+    table.grad = gathered.coalesce()
 
 
 def _all_reduce_bucket_(gradients: list[Tensor]) -> None:
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
+    flat = all_reduce_sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
     for gradient, reduced in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(reduced.view_as(gradient))
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from prlhf.data.collate import LabelledBatch, PairBatch, ResponseBatch
-from prlhf.distributed import all_reduce_any
+from prlhf.distributed import all_reduce_any, all_reduce_sum
+from prlhf.engine.faults import reach
 from prlhf.engine.kl import estimate_kl
 from prlhf.engine.objective import Objective, ReferenceLogps
 from prlhf.engine.optim import all_reduce_gradients_, clip_gradients_
@@ -31,6 +32,7 @@ class StepResult:
     num_tokens: int = 0
     grad_norm: Tensor | None = None
     skipped: bool = False
+    mean_loss: float | None = None  # over the global rows, where a limit was given
 
 
 def accumulate_gradients_(
@@ -75,20 +77,30 @@ def train_step_(
     num_global_rows: int,
     max_grad_norm: float,
     autocast: Callable[[], AbstractContextManager[object]],
+    max_loss: float | None = None,
 ) -> StepResult:
     """Accumulate, reduce over ranks, clip, and step, unless loss or gradient is not finite on any rank.
 
     A non-finite gradient anywhere is non-finite everywhere after the sum over ranks, so every rank decides alike;
     a skipped step leaves parameters and optimizer state bitwise unchanged.
+
+    Args:
+        max_loss: a step whose mean loss over the global rows is above is skipped, too; None for no limit.
     """
     result = accumulate_gradients_(
         model, objective, batches, reference_of=reference_of, num_global_rows=num_global_rows, autocast=autocast
     )
     parameters = list(model.trainable().values())
+    reach("after_backward", parameters=parameters)
     all_reduce_gradients_(parameters)
     result.grad_norm = clip_gradients_(parameters, max_grad_norm)
     loss = result.sums.get("loss", result.grad_norm)
     result.skipped = all_reduce_any(not bool(torch.isfinite(loss) & torch.isfinite(result.grad_norm)))
+    if max_loss is not None:
+        total = loss.detach().double().reshape(1) if result.num_rows else torch.zeros(1, dtype=torch.float64)
+        result.mean_loss = all_reduce_sum(total).item() / num_global_rows
+        result.skipped = result.skipped or result.mean_loss > max_loss
+    reach("before_optimizer")
     if not result.skipped:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from prlhf.data.collate import collate_labelled, collate_pairs, collate_response
 from prlhf.data.context import Context
 from prlhf.data.sampler import cut_microbatches, cut_packs, shard
 from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair
-from prlhf.distributed import all_reduce_any, is_main, rank, world_size
+from prlhf.distributed import all_reduce_any, announce_stop, beat, is_main, rank, world_size
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import (
     CONFIG,
@@ -30,14 +31,16 @@ from prlhf.engine.checkpoint import (
     save_checkpoint,
     step_of,
 )
+from prlhf.engine.faults import reach
 from prlhf.engine.final import evaluate_run, evaluate_step
 from prlhf.engine.metrics import StepMetrics
 from prlhf.engine.optim import set_learning_rate_, warmup_cosine
 from prlhf.engine.reference import LiveReference, ReferenceCache, compute_reference_table, no_reference
 from prlhf.engine.run_dir import RunDir
+from prlhf.engine.spikes import loss_limit, take_up_loss_
 from prlhf.engine.step import Batch, StepResult, train_step_
 from prlhf.engine.tombstones import refuse_forgotten
-from prlhf.errors import Preempted, PrlhfError, RunDirError
+from prlhf.errors import Preempted, PrlhfError, RankError, RunDirError
 from prlhf.evaluation.report import load_final
 from prlhf.models.lora import scale_adapters_
 
@@ -79,6 +82,7 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
             refuse_forgotten([run_dir, *([] if checkpoint is None else [checkpoint])], job.preferences.all_user_ids())
         reference_of = _make_reference(job, run_dir.parent / REFERENCE_CACHE, stop)
         progress = Progress()
+        beat(patience_s=math.inf)  # a checkpoint takes as long as the disk does
         if checkpoint is not None:
             progress = load_checkpoint_(
                 checkpoint, job.model, job.optimizer, spec=job.spec, data_sha256=job.data_sha256
@@ -91,7 +95,8 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
         setup_s = time.perf_counter() - began
         _loop(job, progress, lock, reference_of, stop)
         lock.set_status("evaluating", step=progress.step)
-        final = evaluate_run(job, progress, run_dir, setup_s=setup_s, on_batch=stop.check)
+        beat(patience_s=math.inf)  # a full fine-tune loads the starting weights again
+        final = evaluate_run(job, progress, run_dir, setup_s=setup_s, on_batch=stop.check_at("eval", progress.step))
         lock.set_status("finished", step=progress.step)
         return final
 
@@ -104,6 +109,8 @@ def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[
     bar = tqdm(total=job.max_steps, initial=progress.step, disable=None if is_main() else True, desc=config.name)
     while progress.step < job.max_steps:
         began = time.perf_counter()
+        beat()
+        reach("step_begin", step=progress.step + 1)
         factor = warmup_cosine(progress.step, warmup_steps=config.train.warmup_steps, max_steps=job.max_steps)
         set_learning_rate_(job.optimizer, factor)
         batches, num_global_rows = batches_of_step(job, progress.step)
@@ -116,6 +123,7 @@ def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[
             num_global_rows=num_global_rows,
             max_grad_norm=config.train.max_grad_norm,
             autocast=job.autocast,
+            max_loss=loss_limit(progress, config.train.skip_loss_above),
         )
         _count_(progress, result, num_global_rows, time.perf_counter() - began, config.train.max_skipped_steps)
         metrics.add(progress, result, lr=job.optimizer.param_groups[0]["lr"])
@@ -131,12 +139,21 @@ def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[
         if stopping:
             raise Preempted(f"stopped by a signal at step {progress.step}; saved, the same command goes on from there")
         if _is_due(progress.step, config.eval.every_steps) and not last:
-            evaluate_step(job, progress, run_dir.path, on_batch=stop.check)
+            evaluate_step(job, progress, run_dir.path, on_batch=stop.check_at("eval", progress.step))
     bar.close()
 
 
 def save_job(job: Job, progress: Progress, run_dir: Path) -> None:
-    """Write the checkpoint of the current step, on all ranks."""
+    """Write the checkpoint of the current step, on all ranks.
+
+    Raises: PrlhfError: there is nothing worth keeping.
+    """
+    broken = [name for name, tensor in job.model.trainable().items() if not bool(torch.isfinite(tensor).all())]
+    if all_reduce_any(bool(broken)):
+        raise PrlhfError(
+            f"train: {', '.join(broken[:3]) or 'weights'} not finite after step {progress.step}; lower train.lr or "
+            "train.user_lr; what was saved before is kept"
+        )
     save_checkpoint(
         run_dir,
         job.model,
@@ -144,6 +161,7 @@ def save_job(job: Job, progress: Progress, run_dir: Path) -> None:
         progress,
         RunIdentity(job.spec, job.config.method, dump_config(job.config), job.data_sha256),
         keep_last=job.config.checkpoint.keep_last,
+        keep_best=job.config.checkpoint.keep_best,
     )
 
 
@@ -194,11 +212,15 @@ def _count_(progress: Progress, result: StepResult, num_rows: int, seconds: floa
     progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
     if result.skipped:
         progress.skipped_steps += 1
-        logger.warning("step %d: loss or gradient not finite; skipped on all ranks", progress.step)
+        is_finite = result.mean_loss is not None and math.isfinite(result.mean_loss)
+        reason = f"loss {result.mean_loss:.4g} is far above the usual" if is_finite else "loss or gradient not finite"
+        logger.warning("step %d: %s; skipped on all ranks", progress.step, reason)
+    elif result.mean_loss is not None:
+        take_up_loss_(progress, result.mean_loss)
     if progress.skipped_in_a_row >= max_skipped:
         raise PrlhfError(
-            f"train: {max_skipped} steps in a row without a finite loss and gradient, up to step "
-            f"{progress.step}; lower train.lr or train.user_lr, or look at the data"
+            f"train: {max_skipped} steps in a row without a finite loss and gradient, or above train.skip_loss_above, "
+            f"up to step {progress.step}; lower train.lr or train.user_lr, or look at the data"
         )
 
 
@@ -226,7 +248,7 @@ def _make_reference(job: Job, cache: Path, stop: StopFlag) -> Callable[[Batch], 
         microbatch_tokens=microbatch_tokens,
         autocast=job.autocast,
         cache=ReferenceCache(cache, identity),
-        on_batch=stop.check,
+        on_batch=stop.check_at("reference", 0),
     )
 
 
@@ -265,9 +287,11 @@ class StopFlag:
         self._before = {number: signal.signal(number, self._set) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.is_set and isinstance(error, RankError):  # the others got the signal, too, and looked at it first
+            raise Preempted("stopped by a signal; the same command goes on from the last checkpoint") from None
 
     def _set(self, number: int, frame: object) -> None:
         self.is_set = True
@@ -278,4 +302,15 @@ class StopFlag:
         Raises: Preempted: once a signal has come.
         """
         if self.is_set:
+            announce_stop()
             raise Preempted("stopped by a signal; the same command goes on from the last checkpoint")
+
+    def check_at(self, point: str, step: int) -> Callable[[], None]:
+        """What to call between the batches of a phase that has a name among the faults."""
+
+        def between_batches() -> None:
+            beat()
+            reach(point, step=step)
+            self.check()
+
+        return between_batches

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from prlhf.data.context import Context
 from prlhf.data.records import GENERIC_USER_ID, PreferenceRow
 from prlhf.data.tokenize import TokenizedPair
+from prlhf.errors import ModelError
 from prlhf.evaluation.scoring import score_pair_responses
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
@@ -64,6 +65,7 @@ def score_pairs(
         with_reference: also score the reference; needed unless `reference_free`.
         contexts: of each tokenized row, for an encoder.
         on_batch: called between batches; may raise to stop.
+    Raises: ModelError: a margin is not finite.
     """
     options: dict[str, Any] = {"pad_id": pad_id, "microbatch_tokens": microbatch_tokens, "on_batch": on_batch}
     reference = None
@@ -77,7 +79,10 @@ def score_pairs(
     unseen = contexts is None and generic_ids in (None, own_ids)
     individual = generic if unseen else _margins(model, tokenized, own_ids, contexts, **options)
     offset = 0.0 if reference is None or reference_free else reference
-    return PairMargins([rows[row.row] for row in tokenized], individual - offset, generic - offset, reference)
+    individual, generic = individual - offset, generic - offset
+    if not np.isfinite(individual).all() or not np.isfinite(generic).all():
+        raise ModelError("evaluation: margins are not finite; lower train.lr or train.user_lr and train anew")
+    return PairMargins([rows[row.row] for row in tokenized], individual, generic, reference)
 
 
 def _margins(

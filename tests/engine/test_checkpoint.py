@@ -114,6 +114,28 @@ def test_keep_last_counts_the_newest(tiny: Tiny, tmp_path: Path) -> None:
     assert checkpoints(tmp_path) == ["step-00000010", "step-00000100"]
 
 
+def test_the_best_checkpoint_on_dev_rows_stays(tiny: Tiny, tmp_path: Path) -> None:
+    """Of equal ones the earliest; a step that was never evaluated is not the best."""
+    job = trained_job(tiny, checkpoint__keep_last=1)
+    (tmp_path / "eval").mkdir()
+    for step, accuracy in ((1, 0.5), (2, 0.75), (3, 0.75), (4, None), (5, 0.6)):
+        saved(job, tmp_path, step)
+        if accuracy is not None:
+            figures = {"step": step, "accuracy": {"seen": {"mean": accuracy}}}
+            (tmp_path / "eval" / f"step-{step:08d}.json").write_text(json.dumps(figures))
+    assert checkpoints(tmp_path) == ["step-00000002", "step-00000005"]
+
+
+def test_the_best_checkpoint_goes_like_any_other_where_it_is_not_kept(tiny: Tiny, tmp_path: Path) -> None:
+    job = trained_job(tiny, checkpoint__keep_last=1, checkpoint__keep_best=False)
+    (tmp_path / "eval").mkdir()
+    figures = {"step": 1, "accuracy": {"seen": {"mean": 1.0}}}
+    (tmp_path / "eval" / "step-00000001.json").write_text(json.dumps(figures))
+    for step in (1, 2):
+        saved(job, tmp_path, step)
+    assert checkpoints(tmp_path) == ["step-00000002"]
+
+
 @pytest.mark.parametrize("point", ["seal_directory", "publish_directory", "write_json_atomic", "save_file"])
 def test_a_crash_while_writing_leaves_the_previous_checkpoint(
     tiny: Tiny, tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
@@ -141,7 +163,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_previous_checkpoint(tiny: Tiny, t
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(RunDirError, match="MiB free.*the previous checkpoint is kept") as caught:
+        with pytest.raises(RunDirError, match=r"MiB free, about \d+ MiB needed.*previous checkpoint is kept") as caught:
             saved(job, tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

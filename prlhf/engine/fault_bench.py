@@ -1,0 +1,136 @@
+"""Where faults are tried: the tiny job, trained in forks under a supervisor, and compared with the undisturbed run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prlhf.engine.faults import VARIABLE
+from prlhf.engine.forked import ForkedProcess, fork_training, kill_later
+from prlhf.engine.run_dir import METRICS
+from prlhf.engine.supervise import run_ranks
+from prlhf.engine.tiny_job import write_tiny_job
+from prlhf.errors import Preempted, PrlhfError, RankError
+
+HANG_AFTER_S = 3.0  # forks have nothing to wait for
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: its exit code, all that its ranks and it wrote, seconds."""
+
+    code: int
+    text: str
+    seconds: float
+
+    @property
+    def errors(self) -> list[str]:
+        """The error lines, each once, whichever rank wrote it."""
+        return list(dict.fromkeys(line for line in self.text.splitlines() if line.startswith("error: ")))
+
+
+class Bench:
+    """A folder with the tiny job and its runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs = folder / "runs"
+        self.config = folder / "tiny.yaml"
+        self._whole: dict[int, str] = {}
+        self._seconds: dict[int, float] = {}
+        import prlhf.engine.trainer  # noqa: F401 (the forks find it imported)
+
+        ForkedProcess(lambda: 0 if write_tiny_job(folder) else 1, folder / "job.log").wait()
+
+    def train(
+        self,
+        name: str,
+        *settings: str,
+        num_ranks: int = 1,
+        fault: str = "",
+        max_restarts: int = 0,
+        kill: tuple[int, float] | None = None,
+        file_limit: int | None = None,
+    ) -> Outcome:
+        """`prlhf train` of the tiny job under a name, from its last checkpoint if it has one.
+
+        Args:
+            settings: further arguments, such as key=value.
+            fault: of PRLHF_FAULT.
+            kill: a rank, and after how many seconds it is killed.
+            file_limit: bytes that a file may have; beyond, writing fails as on a full disk.
+        """
+        log, began = self.folder / f"{name}.log", time.perf_counter()
+        log.write_text("")
+        killers: list[ForkedProcess] = []
+
+        def start(environment: Mapping[str, str]) -> ForkedProcess:
+            argv = [str(self.config), f"name={name}", "--runs", str(self.runs), *settings]
+            child = fork_training(argv, {**environment, VARIABLE: fault}, log, file_limit)
+            if kill is not None and environment["RANK"] == str(kill[0]) and not killers:
+                killers.append(kill_later(child.pid, kill[1], log))
+            return child
+
+        limits = {"num_ranks": num_ranks, "max_restarts": max_restarts}
+        message, code = "", 0
+        try:
+            code = run_ranks(start, self.runs / name, **limits, hang_after_s=HANG_AFTER_S)
+        except (PrlhfError, Preempted) as error:
+            code, message = error.exit_code, f"error: {error}\n" if isinstance(error, RankError) else f"{error}\n"
+        for killer in killers:
+            killer.terminate()
+            killer.wait()
+        return Outcome(code, log.read_text(errors="replace") + message, time.perf_counter() - began)
+
+    def train_apart(self, name: str, **options: Any) -> ForkedProcess:
+        """As `train`, in a process of its own, whose exit code is the command's."""
+        return ForkedProcess(lambda: self.train(name, **options).code, self.folder / "apart.log")
+
+    def whole(self, num_ranks: int = 1) -> str:
+        """The weights of the undisturbed run."""
+        if num_ranks not in self._whole:
+            outcome = self.train(f"whole-{num_ranks}", num_ranks=num_ranks)
+            if outcome.code:
+                raise RankError(f"the undisturbed run ended with exit code {outcome.code}: {outcome.text}")
+            self._whole[num_ranks] = self.weights(f"whole-{num_ranks}")
+            self._seconds[num_ranks] = outcome.seconds
+        return self._whole[num_ranks]
+
+    def whole_seconds(self, num_ranks: int = 1) -> float:
+        """How long the undisturbed run took."""
+        self.whole(num_ranks)
+        return self._seconds[num_ranks]
+
+    def weights(self, name: str) -> str:
+        """sha256 of the last checkpoint's tensors: weights, optimizer and random states."""
+        digest = hashlib.sha256()
+        for path in sorted(self.checkpoints(name)[-1].glob("*.safetensors")):
+            digest.update(path.name.encode() + path.read_bytes())
+        return digest.hexdigest()
+
+    def checkpoints(self, name: str) -> list[Path]:
+        """Checkpoint directories of a run, the oldest first."""
+        return sorted((self.runs / name / "checkpoints").glob("step-*"))
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        """What the run's steps wrote."""
+        return [json.loads(line) for line in (self.runs / name / METRICS).read_text().splitlines()]
+
+    def differences(self, name: str, num_ranks: int = 1, settings: Sequence[str] = ()) -> list[str]:
+        """Resume a run; what is not as if it had never been disturbed."""
+        outcome = self.train(name, *settings, num_ranks=num_ranks)
+        if outcome.code:
+            return [f"resume: exit {outcome.code}: {' '.join(outcome.errors)}"]
+        whole = self.whole(num_ranks)
+        return [] if self.weights(name) == whole else ["resume: other weights"]
+
+    def remove(self, name: str) -> None:
+        """Delete a run."""
+        shutil.rmtree(self.runs / name, ignore_errors=True)
+        (self.folder / f"{name}.log").unlink(missing_ok=True)
