@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--out", type=Path, metavar="F", help="JSONL of the scores (default: the terminal)")
     score.set_defaults(run=_score)
 
+    _add_adapt_command(commands)
     _add_generation_commands(commands)
     _add_data_commands(commands)
     commands.add_parser("env", help="print versions and hardware").set_defaults(run=_env)
@@ -96,6 +97,20 @@ def _add_generation_commands(commands: Any) -> None:
         command.add_argument("--seed", type=int, default=123)
     generate.set_defaults(run=_generate)
     chat.set_defaults(run=_chat)
+
+
+def _add_adapt_command(commands: Any) -> None:
+    adapt = commands.add_parser("adapt", help="add new users from a few judgments; choose what to ask them next")
+    adapt.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run or checkpoint directory")
+    adapt.add_argument(
+        "--feedback", type=Path, metavar="F", help=".jsonl: chosen and rejected, or response and label, or edited"
+    )
+    adapt.add_argument("--user", metavar="ID", help="whose rows they are, where they do not say so (user_id)")
+    adapt.add_argument("--held-out", type=Path, metavar="F", help="more of the same, to measure on")
+    adapt.add_argument("--out", type=Path, metavar="DIR", help="where the checkpoint with the new users appears")
+    adapt.add_argument("--ask", type=int, metavar="N", help="choose the N pairs of --pool to ask the user about next")
+    adapt.add_argument("--pool", type=Path, metavar="F", help=".jsonl: chosen and rejected, in either order")
+    adapt.set_defaults(run=_adapt)
 
 
 def _add_data_commands(commands: Any) -> None:
@@ -177,6 +192,12 @@ def _score(args: argparse.Namespace) -> int:
     else:
         write_jsonl(args.out, records)
     return 0
+
+
+def _adapt(args: argparse.Namespace) -> int:
+    from prlhf.adapt.command import run_adapt
+
+    return run_adapt(args)
 
 
 def _generate(args: argparse.Namespace) -> int:

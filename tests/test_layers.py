@@ -18,6 +18,7 @@ LAYERS = [
     {"config_checks"},
     {"config"},
     {"engine"},
+    {"adapt"},
     {"cli"},
     {"__main__"},
 ]
