@@ -91,9 +91,9 @@ def _questions(
     ]
     if not rows:
         raise DataError(f"{args.pool}: holds no pair to ask about")
-    limits = _limits(config)
+    limits = judgment_limits(config)
     judgments = [judgment for own in feedback.values() for judgment in make_judgments(model, own, **limits)]
-    picked = choose_questions(model, judgments, make_judgments(model, rows, **limits), args.ask, **_likelihood(config))
+    picked = choose_questions(model, judgments, make_judgments(model, rows, **limits), args.ask, **likelihood(config))
     return [records[i] for i in picked]
 
 
@@ -103,14 +103,15 @@ def _fit(
     feedback: Mapping[str, list[JudgedRow]],
     held_out: Mapping[str, list[JudgedRow]],
 ) -> dict[str, FittedUser]:
-    limits = _limits(config)
+    limits = judgment_limits(config)
     judgments = [make_judgments(model, rows, **limits) for rows in feedback.values()]
     to_measure = [make_judgments(model, held_out.get(user, []), **limits) for user in feedback]
-    fitted = fit_judgments(model, judgments, to_measure, **_likelihood(config))
+    fitted = fit_judgments(model, judgments, to_measure, **likelihood(config))
     return dict(zip(feedback, fitted, strict=True))
 
 
-def _limits(config: Config) -> dict[str, Any]:
+def judgment_limits(config: Config) -> dict[str, Any]:
+    """How a run's judgments are tokenized."""
     return {
         "max_tokens": config.data.max_tokens,
         "max_prompt_tokens": config.data.max_prompt_tokens,
@@ -118,7 +119,7 @@ def _limits(config: Config) -> dict[str, Any]:
     }
 
 
-def _likelihood(config: Config) -> dict[str, Any]:
+def likelihood(config: Config) -> dict[str, Any]:
     """How sure a judgment is at a margin, as in the run's loss."""
     if config.method in REWARD_METHODS:
         return {"beta": 1.0}

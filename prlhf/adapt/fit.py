@@ -1,7 +1,7 @@
 """New users: a state from a few judgments, by MAP under the trained users' prior, with shared weights frozen.
 
-The prior is a mixture: half says that a new user is like one of the trained users (or the generic one), half that the
-state is drawn from the Gaussian of the trained users' states. Where a known state explains the judgments it is taken
+The prior is a mixture of equal parts: a new user is like one of the trained users (or the generic one), or the state is
+drawn from the Gaussian of the trained users' states. Where a known state explains the judgments it is taken
 as it is; elsewhere the Gaussian's mode is found by Gauss-Newton steps (in each, the margins are linear in the state and
 what remains is Gaussian-process classification of as many numbers as there are judgments), and the explanation with
 more evidence wins.
@@ -9,7 +9,6 @@ more evidence wins.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -180,7 +179,7 @@ def _choose(
     Args:
         margins, loglik: (n, A) of the user's judgments under the known states.
     """
-    evidence = loglik.sum(0) - math.log(2 * len(population.states))
+    evidence = loglik.sum(0)
     without = evidence - loglik
     if own is not None:
         alone = own.left_out_margins[: len(margins)]
@@ -230,10 +229,10 @@ def _fit_gaussian(data: _Batch, prior: GaussianPrior, users: Tensor, states: Ten
         if not active.any():
             break
     posterior, pulls = _linear_posterior(margins, slopes, states, mask, prior, beta)
-    evidence = posterior.log_evidence - math.log(2)
     variance = prior.stdev() ** 2 - posterior.explained_variance(pulls)
     stdev = variance.clamp(min=0).sqrt()
-    return [_Own(*own) for own in zip(states, stdev, evidence, beta * posterior.left_out_margins, strict=True)]
+    left_out = beta * posterior.left_out_margins
+    return [_Own(*own) for own in zip(states, stdev, posterior.log_evidence, left_out, strict=True)]
 
 
 def _objective(margins: Tensor, states: Tensor, mask: Tensor, prior: GaussianPrior, beta: float) -> Tensor:
