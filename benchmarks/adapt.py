@@ -143,11 +143,7 @@ def measure_questions(
     with model.evaluating():
         for subject in subjects:
             for rows, into in ((subject.pool[:pool_rows], tables), (subject.test, rates)):
-                judgments = make_judgments(model, rows, **limits)
-                margins = Margins(model, judgments)
-                into.append(torch.stack(
-                    [margins.values(range(len(judgments)), state.expand(len(judgments), -1)) for state in states], 1
-                ))
+                into.append(Margins(model, make_judgments(model, rows, **limits)).table(states))
     accuracy = torch.stack([(table > 0).double().mean(0) for table in rates])
     curves: dict[str, list[float]] = {}
     for way in ("chosen", "random"):

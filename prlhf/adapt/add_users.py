@@ -14,6 +14,7 @@ from torch import Tensor
 from prlhf.data.context import UserFacts, facts_record
 from prlhf.data.quoting import quote
 from prlhf.errors import DataError
+from prlhf.evaluation.samples import GENERIC
 from prlhf.files import MANIFEST, publish_directory, remove_directories, seal_directory, write_json_atomic
 from prlhf.models.assemble import CONTEXTS, USER_IDS, USERS, read_tensors
 from prlhf.models.personalized import PersonalizedModel
@@ -29,6 +30,8 @@ def check_new(model: PersonalizedModel, user_ids: list[str], out: Path) -> None:
     assert model.users is not None
     wrong = [f"user {quote(user)}: the checkpoint knows them already; choose another id"
              for user in user_ids if user in model.users]
+    if GENERIC in user_ids:
+        wrong.append(f"user {quote(GENERIC)}: names the generic user in every command; choose another id")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         wrong.append(f"{out}: exists; --out names a new directory")
     if wrong:

@@ -34,11 +34,8 @@ def choose_questions(
     """
     assert model.user_encoder is not None
     states = make_population(model.user_encoder).states
-    everything = [*judgments, *pool]
     with model.evaluating():
-        rows = [row for row in range(len(everything)) for _ in states]
-        margins = Margins(model, everything, per_token=per_token).values(rows, states.repeat(len(everything), 1))
-    margins = margins.view(len(everything), len(states))
+        margins = Margins(model, [*judgments, *pool], per_token=per_token).table(states)
     told = F.logsigmoid(beta * margins[: len(judgments)]).sum(0)
     generator = torch.Generator().manual_seed(seed)
     return pick_informative(margins[len(judgments) :], told, min(count, len(pool)), beta=beta, generator=generator)

@@ -35,6 +35,11 @@ def run_adapt(args: argparse.Namespace) -> int:
     held_out = {} if args.held_out is None else read_feedback(args.held_out, args.user)
     if args.user is not None:
         feedback.setdefault(args.user, [])
+    if args.out is not None and not feedback:
+        raise DataError(f"{args.feedback}: holds no judgment; write one a line, or give --user ID for a generic user")
+    strangers = [user for user in held_out if user not in feedback]
+    if strangers:
+        raise DataError(*(f"{args.held_out}: user {quote(user)} is not a new user of --feedback" for user in strangers))
     model = load_model(directory, device=str(pick_device(config.train.device)))
     _check_model(model, directory, args)
     if args.ask is not None:

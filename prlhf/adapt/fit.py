@@ -129,12 +129,6 @@ class _Batch:
         self.counts = torch.tensor([len(own) for own in of_user], dtype=torch.int64)
         self.mask = torch.arange(most) < self.counts[:, None]
 
-    def table(self, states: Tensor) -> Tensor:
-        """Margins (N, A) of every distinct judgment under each of the states (A, S)."""
-        count, num_states = len(self.margins.judgments), len(states)
-        rows = [row for row in range(count) for _ in range(num_states)]
-        return self.margins.values(rows, states.repeat(count, 1)).view(count, num_states)
-
     def slopes(self, users: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """Margins (M, N) and slopes (M, N, S) of some users' judgments under a state each (M, S); 0 on padding."""
         mask = self.mask[users]
@@ -153,7 +147,7 @@ def _fit(data: _Batch, population: Population, beta: float) -> list[FittedUser]:
     if not most:
         return [_generic(data, population) for _ in range(num_users)]
     states = population.states
-    margins = data.table(states)[data.places]  # (U, N, A)
+    margins = data.margins.table(states)[data.places]  # (U, N, A)
     loglik = F.logsigmoid(beta * margins) * data.mask[:, :, None]
     unexplained = (loglik.sum(1).max(1).values < EXPLAINED * data.counts).nonzero()[:, 0]
     own: dict[int, _Own] = {}
@@ -255,9 +249,10 @@ def _with_held_out(
 ) -> list[FittedUser]:
     if not any(held_out):
         return fitted
-    flat = [(user, judgment) for user, own in enumerate(held_out) for judgment in own]
-    states = torch.stack([fitted[user].state.flatten() for user, _ in flat])
-    margins = Margins(model, [judgment for _, judgment in flat], per_token=per_token).values(range(len(flat)), states)
-    counts = torch.tensor([len(own) for own in held_out])
-    rates = [float(part.double().mean()) if len(part) else None for part in (margins > 0).split(counts.tolist())]
-    return [replace(user, held_out=rate) for user, rate in zip(fitted, rates, strict=True)]
+    data = _Batch(model, held_out, per_token=per_token)
+    measured = []
+    for user, places, mask in zip(fitted, data.places, data.mask, strict=True):
+        state = user.state.flatten().expand(int(mask.sum()), -1)
+        right = data.margins.values(places[mask].tolist(), state) > 0
+        measured.append(replace(user, held_out=float(right.double().mean()) if len(right) else None))
+    return measured

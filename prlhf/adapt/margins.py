@@ -68,7 +68,13 @@ class Margins:
     @torch.no_grad()
     def values(self, rows: Sequence[int], states: Tensor) -> Tensor:
         """Margins (B,) float64 of judgments `rows` under the flat states (B, S)."""
-        return self._offset(rows, torch.cat([margins for margins, _ in self._batches(rows, states, False)]))
+        parts = [margins for margins, _ in self._batches(rows, states, False)]
+        return self._offset(rows, torch.cat([torch.zeros(0), *parts]))
+
+    def table(self, states: Tensor) -> Tensor:
+        """Margins (N, A) float64 of every judgment under each of the flat states (A, S)."""
+        everything = range(len(self.judgments))
+        return torch.stack([self.values(everything, state.expand(len(everything), -1)) for state in states], dim=1)
 
     def slopes(self, rows: Sequence[int], states: Tensor) -> tuple[Tensor, Tensor]:
         """Margins (B,) and their gradients (B, S) in the states, float64."""

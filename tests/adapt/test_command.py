@@ -103,6 +103,13 @@ def test_bad_input_is_one_line_each_and_nothing_is_written(run: Run) -> None:
     assert "'dora'" in other
     [without_pool] = run.refused("adapt", checkpoint, "--user", "eve", "--ask", 3)
     assert "--pool" in without_pool
+    empty = write_jsonl(run.folder / "empty.jsonl", [])
+    assert len(run.refused("adapt", checkpoint, "--feedback", empty, "--out", out)) == 1
+    other_user = write_jsonl(run.folder / "fay.jsonl", [_pair("tea", "fay")])
+    [stranger] = run.refused("adapt", checkpoint, "--user", "dora", "--held-out", other_user, "--out", out)
+    assert "'fay'" in stranger
+    [reserved] = run.refused("adapt", checkpoint, "--user", "generic", "--out", out)
+    assert "generic user" in reserved
     assert not out.exists()
     out.mkdir()
     (out / "mine").touch()

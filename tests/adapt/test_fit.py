@@ -8,12 +8,16 @@ from torch.nn import functional as F
 
 from prlhf.adapt import Judgment, fit_judgments
 from prlhf.adapt import fit as fit_module
+from prlhf.adapt.feedback import make_judgments
 from prlhf.adapt.margins import Margins
 from prlhf.adapt.population import make_population
+from prlhf.data.records import LabelledRow
+from prlhf.errors import DataError
 from prlhf.models.packing import Packing, set_up_packing_
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
 from prlhf.usermodel import ClusterUserModel, IndividualUserModel, LowRankUserModel, UserModel
+from tests.models.test_reward import reward_model
 from tests.policies import NUM_USER_TOKENS, make_batch, make_row, randomize_, tiny_policy
 
 BETA = 1.0
@@ -100,6 +104,39 @@ def test_margins_are_the_policys_log_ratios() -> None:
     state = policy.user_encoder.table[1].flatten()[None]  # type: ignore[union-attr]
     margins = Margins(policy, [Judgment(row.prompt_ids, row.responses)]).values([0], state)
     torch.testing.assert_close(margins.float(), expected.detach())
+
+
+def test_margins_of_a_reward_model_are_differences_of_scores() -> None:
+    model = reward_model()
+    row = make_row(model, 5, user_id=2, lengths=(4, 3, 9))  # type: ignore[arg-type]
+    scores = model.scores(make_batch(model, [row]), torch.tensor([2]))  # type: ignore[arg-type]
+    state = model.user_encoder.table[1].flatten()[None]  # type: ignore[union-attr]
+    margins = Margins(model, [Judgment(row.prompt_ids, row.responses)]).values([0], state)
+    torch.testing.assert_close(margins.float(), (scores.chosen - scores.rejected).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_thumb_is_measured_against_the_generic_user() -> None:
+    policy = _policy()
+    row = make_row(policy, 5, user_id=2, lengths=(4, 3, 9))
+    batch = make_batch(policy, [row])
+    own, generic = policy.logps(batch, torch.tensor([2])).chosen, policy.logps(batch, torch.tensor([0])).chosen
+    thumbs = [Judgment(row.prompt_ids, row.responses[:1], liked=liked) for liked in (True, False)]
+    state = policy.user_encoder.table[1].flatten().expand(2, -1)  # type: ignore[union-attr]
+    expected = torch.cat([own - generic, generic - own]).detach()
+    torch.testing.assert_close(Margins(policy, thumbs).values([0, 1], state).float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_thumbs_on_one_prompt_are_a_pair_and_a_reward_model_takes_no_other() -> None:
+    policy, model = _policy(), reward_model()
+    limits = {"max_tokens": 100, "max_prompt_tokens": 50}
+    said = [("one", "yes", True), ("one", "no", False), ("two", "b", True)]
+    thumbs = [LabelledRow("u", *one) for one in said]
+    judgments = make_judgments(policy, thumbs, **limits)  # type: ignore[arg-type]
+    assert [len(judgment.responses) for judgment in judgments] == [2, 1]
+    assert judgments[1].liked
+    assert len(make_judgments(model, thumbs[:2], **limits)) == 1  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="a thumb alone"):
+        make_judgments(model, thumbs, **limits)  # type: ignore[arg-type]
 
 
 def _own_state(policy: PersonalizedPolicy, judgments: list[Judgment]) -> fit_module._Own:
