@@ -66,9 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--out", type=Path, metavar="F", help="JSONL of the scores (default: the terminal)")
     score.set_defaults(run=_score)
 
-    from prlhf.adapt.commands import add_forget_arguments, run_forget
+    from prlhf.adapt.commands import add_adapt_arguments, add_forget_arguments, run_adapt, run_forget
     from prlhf.serving.commands import add_export_arguments, add_users_arguments, run_export, run_users
 
+    adapt = commands.add_parser("adapt", help="add new users from a few judgments; choose what to ask them next")
+    add_adapt_arguments(adapt)
+    adapt.set_defaults(run=run_adapt)
     forget = commands.add_parser("forget", help="take a user out of a run, a checkpoint or an adapted model")
     add_forget_arguments(forget)
     forget.set_defaults(run=run_forget)

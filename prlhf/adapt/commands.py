@@ -1,10 +1,30 @@
-"""The command `prlhf forget`; what it needs is imported when it runs."""
+"""The commands `prlhf adapt` and `prlhf forget`; what they need is imported when they run."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+
+
+def add_adapt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `prlhf adapt`."""
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run or checkpoint directory")
+    parser.add_argument(
+        "--feedback", type=Path, metavar="F", help=".jsonl: chosen and rejected, or response and label, or edited"
+    )
+    parser.add_argument("--user", metavar="ID", help="whose rows they are, where they do not say so (user_id)")
+    parser.add_argument("--held-out", type=Path, metavar="F", help="more of the same, to measure on")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the checkpoint with the new users appears")
+    parser.add_argument("--ask", type=int, metavar="N", help="choose the N pairs of --pool to ask the user about next")
+    parser.add_argument("--pool", type=Path, metavar="F", help=".jsonl: chosen and rejected, in either order")
+
+
+def run_adapt(args: argparse.Namespace) -> int:
+    """Fit, write and report."""
+    from prlhf.adapt.new_users import add_new_users
+
+    return add_new_users(args)
 
 
 def add_forget_arguments(parser: argparse.ArgumentParser) -> None:

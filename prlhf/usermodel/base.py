@@ -71,6 +71,23 @@ class UserModel(nn.Module, ABC):
         soft_prompts = self.soft_prompts(user_ids)
         return soft_prompts if context is None else soft_prompts + self.read(context)
 
+    @property
+    def table(self) -> nn.Parameter:
+        """The parameter with a row a user, what `decode` takes; the generic user's row, if it has one, is the first.
+
+        Raises: ValueError: this model has no such parameter.
+        """
+        raise ValueError(f"{type(self).__name__} has no parameters of one user alone, so there is nothing to fit")
+
+    @property
+    def generic_state(self) -> Tensor:
+        """The generic user's row, or what stands for it: the shape of a row."""
+        return torch.zeros_like(self.table[0])
+
+    def decode(self, states: Tensor) -> Tensor:
+        """Soft prompts (B, T, D) of B rows of a table, not necessarily of this one; differentiable."""
+        raise ValueError(f"{type(self).__name__} has no parameters of one user alone, so there is nothing to fit")
+
     @abstractmethod
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
         """Soft prompts (B, T, D) of ids (B,) already known to be in range, without a context."""

@@ -32,9 +32,23 @@ class ClusterUserModel(UserModel):
         """Share of each cluster in each user: (B, K), positive, every row of sum 1."""
         return gather_rows(self.weights, user_ids).softmax(dim=1)
 
+    @property
+    def table(self) -> nn.Parameter:
+        """The weights, the generic user's first."""
+        return self.weights
+
+    @property
+    def generic_state(self) -> Tensor:
+        """a_0, (K,)."""
+        return self.weights.detach()[0]
+
+    def decode(self, states: Tensor) -> Tensor:
+        """V softmax(a) for each a (K,)."""
+        return torch.einsum("bk,ktd->btd", states.softmax(dim=1), self.basis)
+
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
         """Mixtures (B, T, D) of the K soft prompts."""
-        return torch.einsum("bk,ktd->btd", self.cluster_shares(user_ids), self.basis)
+        return self.decode(gather_rows(self.weights, user_ids))
 
     @torch.no_grad()
     def init_(self, initial: Tensor) -> None:

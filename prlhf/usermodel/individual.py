@@ -22,9 +22,18 @@ class IndividualUserModel(UserModel):
         self.generic = nn.Parameter(torch.zeros(num_user_tokens, dim))
         self.offsets = make_table(num_users, num_user_tokens, dim)
 
+    @property
+    def table(self) -> nn.Parameter:
+        """The offsets."""
+        return self.offsets
+
+    def decode(self, states: Tensor) -> Tensor:
+        """e_0 + o for each offset o (T, D)."""
+        return self.generic + states
+
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
         """e_0 for id 0, e_0 + o_i for id i."""
-        return self.generic + self.deviations(user_ids)
+        return self.decode(self.deviations(user_ids))
 
     def deviations(self, user_ids: Tensor) -> Tensor:
         """o_i, (B, T, D)."""

@@ -30,9 +30,18 @@ class LowRankUserModel(UserModel):
         """e_0, and one more for each direction."""
         return 1 + self.rank
 
+    @property
+    def table(self) -> nn.Parameter:
+        """The weights."""
+        return self.weights
+
+    def decode(self, states: Tensor) -> Tensor:
+        """e_0 + B w for each w (R,)."""
+        return self.generic + torch.einsum("br,rtd->btd", states, self.basis)
+
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
         """e_0 for id 0, e_0 + B w_i for id i."""
-        return self.generic + torch.einsum("br,rtd->btd", self.deviations(user_ids), self.basis)
+        return self.decode(self.deviations(user_ids))
 
     def deviations(self, user_ids: Tensor) -> Tensor:
         """w_i, (B, R)."""

@@ -1,0 +1,236 @@
+"""How many judgments a new user needs: accuracy on held-out rows over their number, and what good questions save.
+
+    python benchmarks/adapt.py runs/psoups                                    # new users of known tastes
+    python benchmarks/adapt.py runs/tldr                                      # unseen workers
+    python benchmarks/adapt.py --leave-out P1A --world 0 --data data/no_P1A   # a world without a profile, to train on,
+    prlhf train experiments/psoups.yaml name=no_P1A data.source=data/no_P1A
+    python benchmarks/adapt.py runs/no_P1A --source builtin:psoups --users P1A   # and the profile as a new user
+
+Each user is fitted anew in every draw, from judgments drawn without replacement. They come from the training and dev
+rows of that user (none of which a user of a known taste brings along: the new user gets a new row), else from half of
+the unseen rows; accuracy is on the other side. Intervals resample users' draws. Questions are about whose taste a new
+user has: a pair that is not of the user's axis is answered by a coin, chosen pairs against random ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from prlhf.adapt.command import judgment_limits, likelihood
+from torch.nn import functional as F
+
+from prlhf.adapt import Judgment, fit_judgments
+from prlhf.adapt.ask import pick_informative
+from prlhf.adapt.feedback import make_judgments
+from prlhf.adapt.margins import Margins
+from prlhf.adapt.population import make_population
+from prlhf.config import Config, load_config
+from prlhf.data.load import load_preference_data
+from prlhf.data.prepared import write_prepared
+from prlhf.data.records import PreferenceData, PreferenceRow
+from prlhf.engine.checkpoint import CONFIG
+from prlhf.evaluation.accuracy import bootstrap_interval, has_length_gap
+from prlhf.evaluation.report import make_table
+from prlhf.models.assemble import load_model, resolve_checkpoint
+from prlhf.models.personalized import PersonalizedModel
+
+COUNTS = (0, 1, 2, 4, 8, 16, 32)
+NUM_SIMULATED_USERS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A user to be fitted: rows to draw judgments from, and rows to measure on."""
+
+    user_id: str
+    pool: list[PreferenceRow]
+    test: list[PreferenceRow]
+
+
+def leave_out(seed: int, user_id: str, out: Path) -> None:
+    """Write builtin:psoups without a profile: its judgments of held-out topics become an unseen user's."""
+    data = load_preference_data("builtin:psoups", seed=seed, eval_prompts=0.1, unseen_users=0.0)
+
+    def others(rows: list[PreferenceRow]) -> list[PreferenceRow]:
+        return [row for row in rows if row.user_id != user_id]
+
+    unseen = [row for row in data.eval_seen if row.user_id == user_id]
+    changed = {name: others(getattr(data, name)) for name in ("train", "dev", "eval_seen")}
+    write_prepared(out, dataclasses.replace(data, eval_unseen=unseen, **changed))
+
+
+def pick_subjects(data: PreferenceData, users: Sequence[str] | None, test_rows: int) -> list[Subject]:
+    """Users to fit: those asked for, else the unseen ones, else the seen ones as if they were new."""
+    unseen = list(dict.fromkeys(row.user_id for row in data.eval_unseen))
+    subjects = []
+    for user in users or unseen or data.user_ids():
+        known = [row for row in (*data.dev, *data.train) if row.user_id == user]
+        measured = [row for row in (*data.eval_seen, *data.eval_unseen) if row.user_id == user]
+        if not known:
+            known, measured = measured[::2], measured[1::2]
+        subjects.append(Subject(user, known, measured[:test_rows]))
+    return subjects
+
+
+def measure_curve(
+    model: PersonalizedModel, config: Config, subjects: Sequence[Subject], counts: Sequence[int], draws: int, seed: int
+) -> list[dict[str, Any]]:
+    """Accuracy after each number of judgments, over all subjects and draws."""
+    limits = judgment_limits(config)
+    pools = [make_judgments(model, subject.pool, **limits) for subject in subjects]
+    tests = [make_judgments(model, subject.test, **limits) for subject in subjects]
+    clear = [np.array([has_length_gap(row) for row in subject.test]) for subject in subjects]
+    # More judgments go on from fewer, so that one call computes each once.
+    cells = [(count, user, draw) for count in counts for user in range(len(subjects)) for draw in range(draws)]
+    given = [
+        [pools[user][i] for i in np.random.default_rng([seed, user, draw]).permutation(len(pools[user]))[:count]]
+        for count, user, draw in cells
+    ]
+    fitted = fit_judgments(model, given, **likelihood(config))
+    right = score_states(model, [one.state for one in fitted], [tests[user] for _, user, _ in cells], config)
+    results = []
+    for count in counts:
+        own = [i for i, cell in enumerate(cells) if cell[0] == count]
+        means = np.array([right[i].mean() for i in own])
+        users = np.array([cells[i][1] for i in own])
+        gaps = [right[i][clear[cells[i][1]]] for i in own]
+        results.append({
+            "judgments": count,
+            "accuracy": float(means.mean()),
+            "ci95": bootstrap_interval(means, [str(i) for i in own], seed=seed),
+            "length_gap_20": float(np.mean([part.mean() for part in gaps if len(part)])),
+            "per_user": {subject.user_id: float(means[users == user].mean()) for user, subject in enumerate(subjects)},
+            "known_state": float(np.mean([fitted[i].known is not None for i in own])),
+            "leave_one_out": float(np.mean([fitted[i].leave_one_out for i in own])) if count else None,
+        })
+    return results
+
+
+def score_states(
+    model: PersonalizedModel, states: Sequence[torch.Tensor], tests: Sequence[Sequence[Judgment]], config: Config
+) -> list[np.ndarray]:
+    """Whether each test judgment of each user is answered right; what equal states share is computed once."""
+    known: dict[tuple[bytes, Judgment], int] = {}
+    places = [
+        [known.setdefault((state.numpy().tobytes(), judgment), len(known)) for judgment in own]
+        for state, own in zip(states, tests, strict=True)
+    ]
+    flat = {place: state.flatten() for state, own in zip(states, places, strict=True) for place in own}
+    per_token = bool(likelihood(config).get("per_token"))
+    with model.evaluating():
+        margins = Margins(model, [judgment for _, judgment in known], per_token=per_token).values(
+            range(len(known)), torch.stack([flat[i] for i in range(len(known))])
+        )
+    return [(margins[own] > 0).double().numpy() for own in places]
+
+
+def measure_questions(
+    model: PersonalizedModel, config: Config, subjects: Sequence[Subject], pool_rows: int, most: int, seed: int
+) -> dict[str, list[float]]:
+    """Accuracy of the likeliest known state after 0..most answers: to chosen questions, and to random ones."""
+    limits, beta = judgment_limits(config), float(likelihood(config)["beta"])
+    states = make_population(model.user_encoder).states[1:]  # type: ignore[arg-type]
+    tables, rates = [], []
+    with model.evaluating():
+        for subject in subjects:
+            for rows, into in ((subject.pool[:pool_rows], tables), (subject.test, rates)):
+                into.append(Margins(model, make_judgments(model, rows, **limits)).table(states))
+    accuracy = torch.stack([(table > 0).double().mean(0) for table in rates])
+    curves: dict[str, list[float]] = {}
+    for way in ("chosen", "random"):
+        generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+        curve = np.zeros(most + 1)
+        for simulated in range(NUM_SIMULATED_USERS):
+            user = simulated % len(subjects)
+            margins = torch.cat(tables)
+            own = torch.cat([torch.full((len(table),), i == user) for i, table in enumerate(tables)])
+            # Whose row a pair is says nothing: either response may be the first.
+            flips = torch.from_numpy(rng.choice([-1.0, 1.0], len(margins)))[:, None]
+            coins = torch.from_numpy(rng.choice([-1.0, 1.0], len(margins)))
+            margins, answers = margins * flips, torch.where(own, flips[:, 0], coins)
+            beliefs, asked = torch.zeros(len(states)).double(), []
+            for number in range(most + 1):
+                curve[number] += accuracy[user, beliefs.argmax()] if number else accuracy[user].mean()
+                left = [i for i in range(len(margins)) if i not in asked]
+                place = rng.integers(len(left)) if way == "random" else pick_informative(
+                    margins[left], beliefs, 1, beta=beta, generator=generator
+                )[0]
+                asked.append(left[place])
+                beliefs = beliefs + F.logsigmoid(beta * answers[asked[-1]] * margins[asked[-1]])
+        curves[way] = (curve / NUM_SIMULATED_USERS).tolist()
+    return curves
+
+
+def measure_batch(
+    model: PersonalizedModel, config: Config, subjects: Sequence[Subject], num_users: int, seed: int
+) -> float:
+    """Users a second, of many who each judged 8 of the same 64 pairs."""
+    pool = [make_judgments(model, subject.pool[:64], **judgment_limits(config)) for subject in subjects]
+    rng = np.random.default_rng(seed)
+    given = [[own[i] for i in rng.permutation(len(own))[:8]] for own in (pool[i % len(pool)] for i in range(num_users))]
+    began = time.perf_counter()
+    fit_judgments(model, given, **likelihood(config))
+    return num_users / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Measure a checkpoint, or write the world to train one on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", type=Path)
+    parser.add_argument("--source", help="data with the users to fit (default: the run's own)")
+    parser.add_argument("--users", nargs="+", help="default: the unseen users of the data, else its seen ones")
+    parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS))
+    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--test-rows", type=int, default=100, help="of each user")
+    parser.add_argument("--questions", type=int, default=0, metavar="N", help="also ask up to N questions, two ways")
+    parser.add_argument("--batch", type=int, default=0, metavar="N", help="also time N users at once")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--leave-out", metavar="ID", help="write builtin:psoups without this profile to --data, stop")
+    parser.add_argument("--world", type=int, default=0)
+    parser.add_argument("--data", type=Path)
+    args = parser.parse_args()
+    if args.leave_out:
+        leave_out(args.world, args.leave_out, args.data)
+        return
+    torch.set_num_threads(args.threads)
+    directory = resolve_checkpoint(args.checkpoint)
+    config, model = load_config(directory / CONFIG), load_model(directory)
+    data = load_preference_data(
+        args.source or config.data.source, seed=config.data.seed, eval_prompts=config.data.eval_prompts,
+        unseen_users=config.data.unseen_users,
+    )
+    subjects = pick_subjects(data, args.users, args.test_rows)
+    curve = measure_curve(model, config, subjects, args.counts, args.draws, args.seed)
+    rows = [
+        [str(point["judgments"]), f"{point['accuracy']:.3f}", "{:.3f} to {:.3f}".format(*point["ci95"]),
+         f"{point['length_gap_20']:.3f}", f"{point['known_state']:.2f}"]
+        for point in curve
+    ]
+    header = ["judgments", "accuracy", "95%", "lengths >= 20% apart", "known state"]
+    sys.stdout.write(make_table(header, rows) + "\n")
+    results: dict[str, Any] = {"checkpoint": str(directory), "seed": args.seed, "draws": args.draws, "curve": curve}
+    if args.questions:
+        results["questions"] = measure_questions(model, config, subjects, 42, args.questions, args.seed)
+        asked = [[way, *(f"{value:.3f}" for value in values)] for way, values in results["questions"].items()]
+        sys.stdout.write("\n" + make_table(["questions", *map(str, range(args.questions + 1))], asked) + "\n")
+    if args.batch:
+        rates = {count: measure_batch(model, config, subjects, count, args.seed) for count in (1, args.batch)}
+        results["users_per_s"] = rates
+        sys.stdout.write("".join(f"\n{rate:.1f} users/s at {count} users\n" for count, rate in rates.items()))
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

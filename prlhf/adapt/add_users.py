@@ -1,0 +1,90 @@
+"""A checkpoint directory with users added: nothing that was there before changes by a bit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prlhf.data.context import UserFacts, facts_record
+from prlhf.data.quoting import quote
+from prlhf.errors import DataError
+from prlhf.evaluation.samples import GENERIC
+from prlhf.files import MANIFEST, publish_directory, remove_directories, seal_directory, write_json_atomic
+from prlhf.models.assemble import CONTEXTS, USER_IDS, USERS, read_tensors
+from prlhf.models.personalized import PersonalizedModel
+
+NOT_TAKEN = ("optimizer.safetensors", "rng-")  # of a training run, which new users are no part of
+
+
+def check_new(model: PersonalizedModel, user_ids: list[str], out: Path) -> None:
+    """Refuse, before any work, users whom the checkpoint knows and a directory that is there.
+
+    Raises: DataError: each of them.
+    """
+    assert model.users is not None
+    wrong = [f"user {quote(user)}: the checkpoint knows them already; choose another id"
+             for user in user_ids if user in model.users]
+    if GENERIC in user_ids:
+        wrong.append(f"user {quote(GENERIC)}: names the generic user in every command; choose another id")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        wrong.append(f"{out}: exists; --out names a new directory")
+    if wrong:
+        raise DataError(*wrong)
+
+
+def write_with_users(
+    checkpoint: Path,
+    out: Path,
+    model: PersonalizedModel,
+    states: Mapping[str, Tensor],
+    facts: Mapping[str, UserFacts],
+) -> None:
+    """Write a self-sufficient checkpoint directory, whole or not at all; unchanged files are hard-linked where it goes.
+
+    Args:
+        checkpoint: the directory the model was loaded from.
+        states: user id -> row of the user model's table; the new rows follow the known ones in this order.
+        facts: of an encoder's new users, who have no rows.
+    """
+    assert model.users is not None
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        changed = {MANIFEST, USER_IDS, *([USERS] if states else []), *([CONTEXTS] if facts else [])}
+        for path in sorted(checkpoint.iterdir()):
+            if path.name not in changed and not path.name.startswith(NOT_TAKEN):
+                _link(path, temporary / path.name)
+        write_json_atomic(temporary / USER_IDS, {"user_ids": [*model.users.user_ids, *(states or facts)]})
+        if facts:
+            assert model.contexts is not None
+            write_json_atomic(temporary / CONTEXTS, facts_record({**model.contexts.facts, **facts}))
+        if states:
+            tensors = read_tensors(checkpoint / USERS)
+            name = _table_name(model)
+            tensors[name] = torch.cat([tensors[name], torch.stack(list(states.values())).to(tensors[name].dtype)])
+            save_file(tensors, temporary / USERS)
+        seal_directory(temporary)
+        if out.is_dir():
+            out.rmdir()  # empty: `check_new` refuses others
+        publish_directory(temporary, out)
+    finally:
+        remove_directories([temporary])
+
+
+def _table_name(model: PersonalizedModel) -> str:
+    assert model.user_encoder is not None
+    table = model.user_encoder.table
+    return next(name for name, parameter in model.user_encoder.named_parameters() if parameter is table)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)

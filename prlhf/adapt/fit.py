@@ -1,0 +1,258 @@
+"""New users: a state from a few judgments, by MAP under the trained users' prior, with shared weights frozen.
+
+The prior is a mixture of equal parts: a new user is like one of the trained users (or the generic one), or the state is
+drawn from the Gaussian of the trained users' states. Where a known state explains the judgments it is taken
+as it is; elsewhere the Gaussian's mode is found by Gauss-Newton steps (in each, the margins are linear in the state and
+what remains is Gaussian-process classification of as many numbers as there are judgments), and the explanation with
+more evidence wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prlhf.adapt.feedback import make_judgments
+from prlhf.adapt.laplace import Laplace, fit_margins
+from prlhf.adapt.margins import Judgment, Margins
+from prlhf.adapt.population import GaussianPrior, Population, make_population
+from prlhf.data.records import GENERIC_USER_ID, JudgedRow
+from prlhf.models.personalized import PersonalizedModel
+
+MAX_STEPS = 12
+USERS_AT_ONCE = 32  # whose slopes are in memory
+TOLERANCE = 0.01  # nats of log posterior
+SHRINK = (1.0, 0.5, 0.25, 0.125)  # of a Gauss-Newton step that does not improve the posterior
+EXPLAINED = -0.35  # nats a judgment; a known state that does this well leaves a Gaussian nothing to gain
+
+
+@dataclass(frozen=True)
+class FittedUser:
+    """The state of a new user.
+
+    Args:
+        state: the shape of a row of the user model's table, float32.
+        stdev: the same shape: posterior standard deviation of each number, 0 for a known state.
+        known: index of the trained user whose state it is, 0 for the generic one; None: a state of its own.
+        probability: of this explanation against the others, 1 without judgments.
+        num_judgments: what it was fitted on.
+        leave_one_out: share of the judgments answered right by the fit without them (Laplace approximation); None
+            without judgments.
+        held_out: share of the held-out judgments answered right; None without any.
+    """
+
+    state: Tensor
+    stdev: Tensor
+    known: int | None
+    probability: float
+    num_judgments: int
+    leave_one_out: float | None
+    held_out: float | None = None
+
+
+class _Own(NamedTuple):
+    """A user's state of their own: the Gaussian's mode (S,), its stdev (S,), evidence and left-out margins (N,)."""
+
+    state: Tensor
+    stdev: Tensor
+    evidence: Tensor
+    left_out_margins: Tensor
+
+
+def fit_user(
+    model: PersonalizedModel,
+    rows: Sequence[JudgedRow],
+    *,
+    held_out: Sequence[JudgedRow] = (),
+    beta: float,
+    per_token: bool = False,
+    max_tokens: int = 1024,
+    max_prompt_tokens: int = 512,
+    with_user_text: bool = True,
+) -> FittedUser:
+    """The state of one new user from their judgments; see `fit_judgments`.
+
+    Args:
+        rows: pairs and thumbs of the user; none gives the generic state exactly.
+        max_tokens, max_prompt_tokens: as in the run's data section.
+        with_user_text: whether user texts stand in front of prompts.
+    Raises: DataError: a row that cannot be used. ValueError: the user model has no rows to fit (encoders read).
+    """
+    limits: dict[str, Any] = {
+        "max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens, "with_user_text": with_user_text
+    }
+    judgments, to_measure = make_judgments(model, rows, **limits), make_judgments(model, held_out, **limits)
+    return fit_judgments(model, [judgments], [to_measure], beta=beta, per_token=per_token)[0]
+
+
+def fit_judgments(
+    model: PersonalizedModel,
+    judgments: Sequence[Sequence[Judgment]],
+    held_out: Sequence[Sequence[Judgment]] = (),
+    *,
+    beta: float,
+    per_token: bool = False,
+) -> list[FittedUser]:
+    """States of U new users, each from its own judgments, independent of each other.
+
+    What recurs is computed once: a judgment of several users under each known state.
+
+    Args:
+        judgments: of each user; none gives the generic state exactly.
+        held_out: of each user, to measure on; nobody's by default.
+        beta: inverse temperature of a judgment: the run's loss.beta, 1 for a reward model.
+        per_token: the model was trained without reference, on mean log-probs per token.
+    Raises: ValueError: the user model has no rows to fit.
+    """
+    assert model.user_encoder is not None
+    population = make_population(model.user_encoder)
+    with model.evaluating():
+        data = _Batch(model, judgments, per_token=per_token)
+        return _with_held_out(_fit(data, population, beta), model, held_out, per_token)
+
+
+class _Batch:
+    """Judgments of U users as places among the distinct ones, padded to the most that one has."""
+
+    def __init__(self, model: PersonalizedModel, judgments: Sequence[Sequence[Judgment]], *, per_token: bool) -> None:
+        places: dict[Judgment, int] = {}
+        of_user = [[places.setdefault(judgment, len(places)) for judgment in own] for own in judgments]
+        most = max(map(len, of_user), default=0)
+        self.margins = Margins(model, list(places), per_token=per_token)
+        self.shape = self.margins.user_model.generic_state.shape
+        self.places = torch.tensor([own + [0] * (most - len(own)) for own in of_user], dtype=torch.int64)
+        self.counts = torch.tensor([len(own) for own in of_user], dtype=torch.int64)
+        self.mask = torch.arange(most) < self.counts[:, None]
+
+    def slopes(self, users: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Margins (M, N) and slopes (M, N, S) of some users' judgments under a state each (M, S); 0 on padding."""
+        mask = self.mask[users]
+        values, slopes = self.margins.slopes(
+            self.places[users][mask].tolist(), states.repeat_interleave(mask.sum(1), dim=0)
+        )
+        margins = torch.zeros(mask.shape, dtype=torch.float64)
+        margins[mask] = values
+        all_slopes = torch.zeros(*mask.shape, states.shape[1], dtype=torch.float64)
+        all_slopes[mask] = slopes
+        return margins, all_slopes
+
+
+def _fit(data: _Batch, population: Population, beta: float) -> list[FittedUser]:
+    num_users, most = data.mask.shape
+    if not most:
+        return [_generic(data, population) for _ in range(num_users)]
+    states = population.states
+    margins = data.margins.table(states)[data.places]  # (U, N, A)
+    loglik = F.logsigmoid(beta * margins) * data.mask[:, :, None]
+    unexplained = (loglik.sum(1).max(1).values < EXPLAINED * data.counts).nonzero()[:, 0]
+    own: dict[int, _Own] = {}
+    for users in unexplained.split(USERS_AT_ONCE) if len(unexplained) else ():
+        objective = population.prior.penalty(states) - loglik[users].sum(1)
+        fits = _fit_gaussian(data, population.prior, users, states[objective.argmin(1)], beta)
+        own.update(zip(users.tolist(), fits, strict=True))
+    fitted = []
+    for user, count in enumerate(data.counts.tolist()):
+        if count:
+            known = margins[user, :count], loglik[user, :count]
+            fitted.append(_choose(data, population, *known, own.get(user)))
+        else:
+            fitted.append(_generic(data, population))
+    return fitted
+
+
+def _choose(
+    data: _Batch, population: Population, margins: Tensor, loglik: Tensor, own: _Own | None
+) -> FittedUser:
+    """The explanation with more evidence; of each judgment left out, the one with more evidence from the others.
+
+    Args:
+        margins, loglik: (n, A) of the user's judgments under the known states.
+    """
+    evidence = loglik.sum(0)
+    without = evidence - loglik
+    if own is not None:
+        alone = own.left_out_margins[: len(margins)]
+        evidence = torch.cat([evidence, own.evidence[None]])
+        margins = torch.cat([margins, alone[:, None]], dim=1)
+        without = torch.cat([without, (own.evidence - F.logsigmoid(alone))[:, None]], dim=1)
+    right = margins.gather(1, without.argmax(1)[:, None]) > 0
+    best = int(evidence.argmax())
+    rate, probability = float(right.double().mean()), float(evidence.softmax(0)[best])
+    if own is not None and best == len(population.states):
+        state, stdev, known = own.state, own.stdev, None
+    else:
+        state, stdev, known = population.states[best], torch.zeros_like(population.states[best]), population.ids[best]
+    state, stdev = state.float().view(data.shape), stdev.float().view(data.shape)
+    return FittedUser(state, stdev, known, probability, len(loglik), rate)
+
+
+def _generic(data: _Batch, population: Population) -> FittedUser:
+    state, stdev = population.states[0].float(), population.prior.stdev().float()
+    return FittedUser(state.view(data.shape), stdev.view(data.shape), GENERIC_USER_ID, 1.0, 0, None)
+
+
+def _fit_gaussian(data: _Batch, prior: GaussianPrior, users: Tensor, states: Tensor, beta: float) -> list[_Own]:
+    """Gauss-Newton steps from the given states (M, S), each user until the posterior gains no more."""
+    mask = data.mask[users]
+    margins, slopes = data.slopes(users, states)
+    objective = _objective(margins, states, mask, prior, beta)
+    active = torch.ones(len(users), dtype=torch.bool)
+    for _ in range(MAX_STEPS):
+        posterior, pulls = _linear_posterior(margins, slopes, states, mask, prior, beta)
+        target = prior.mean + torch.einsum("uns,un->us", pulls, posterior.coefficients)
+        moved = torch.zeros_like(active)
+        for size in SHRINK:
+            waiting = (active & ~moved).nonzero()[:, 0]
+            if not len(waiting):
+                break
+            candidates = states[waiting] + size * (target[waiting] - states[waiting])
+            new_margins, new_slopes = data.slopes(users[waiting], candidates)
+            new = _objective(new_margins, candidates, mask[waiting], prior, beta)
+            better = new < objective[waiting]
+            kept = waiting[better]
+            active[kept] = objective[kept] - new[better] > TOLERANCE
+            states[kept], objective[kept] = candidates[better], new[better]
+            margins[kept], slopes[kept] = new_margins[better], new_slopes[better]
+            moved[kept] = True
+        active &= moved
+        if not active.any():
+            break
+    posterior, pulls = _linear_posterior(margins, slopes, states, mask, prior, beta)
+    variance = prior.stdev() ** 2 - posterior.explained_variance(pulls)
+    stdev = variance.clamp(min=0).sqrt()
+    left_out = beta * posterior.left_out_margins
+    return [_Own(*own) for own in zip(states, stdev, posterior.log_evidence, left_out, strict=True)]
+
+
+def _objective(margins: Tensor, states: Tensor, mask: Tensor, prior: GaussianPrior, beta: float) -> Tensor:
+    """Minus the log posterior density of each user's state, up to a constant: (M,)."""
+    return prior.penalty(states) - (F.logsigmoid(beta * margins) * mask).sum(1)
+
+
+def _linear_posterior(
+    margins: Tensor, slopes: Tensor, states: Tensor, mask: Tensor, prior: GaussianPrior, beta: float
+) -> tuple[Laplace, Tensor]:
+    """The posterior if margins were linear in the state, and the covariance of the state with each margin (M, N, S)."""
+    pulls = prior.times_covariance(slopes)
+    kernel = torch.einsum("uis,ujs->uij", pulls, slopes)
+    at_mean = margins + torch.einsum("uns,us->un", slopes, prior.mean - states)
+    return fit_margins(at_mean, kernel, mask, beta=beta), pulls
+
+
+def _with_held_out(
+    fitted: list[FittedUser], model: PersonalizedModel, held_out: Sequence[Sequence[Judgment]], per_token: bool
+) -> list[FittedUser]:
+    if not any(held_out):
+        return fitted
+    data = _Batch(model, held_out, per_token=per_token)
+    measured = []
+    for user, places, mask in zip(fitted, data.places, data.mask, strict=True):
+        state = user.state.flatten().expand(int(mask.sum()), -1)
+        right = data.margins.values(places[mask].tolist(), state) > 0
+        measured.append(replace(user, held_out=float(right.double().mean()) if len(right) else None))
+    return measured

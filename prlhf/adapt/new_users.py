@@ -1,0 +1,157 @@
+"""What `prlhf adapt` does: new users from their feedback, and what to ask them next."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prlhf.adapt.add_users import check_new, write_with_users
+from prlhf.adapt.ask import choose_questions
+from prlhf.adapt.feedback import feedback_pairs, make_judgments, read_feedback
+from prlhf.adapt.fit import FittedUser, fit_judgments
+from prlhf.config import Config, load_config
+from prlhf.config_checks import REFERENCE_FREE_KINDS
+from prlhf.data.context import UserFacts
+from prlhf.data.jsonl import read_jsonl
+from prlhf.data.quoting import quote
+from prlhf.data.records import JudgedRow, preference_row
+from prlhf.engine.build import pick_device
+from prlhf.engine.checkpoint import CONFIG
+from prlhf.errors import ConfigError, DataError
+from prlhf.models.assemble import REWARD_METHODS, load_model, resolve_checkpoint
+from prlhf.models.personalized import PersonalizedModel
+
+
+def add_new_users(args: argparse.Namespace) -> int:
+    """Fit, write and report as the arguments say, the report as JSON lines; the exit code."""
+    _check_arguments(args)
+    directory = resolve_checkpoint(args.checkpoint)
+    config = load_config(directory / CONFIG)
+    feedback = {} if args.feedback is None else read_feedback(args.feedback, args.user)
+    held_out = {} if args.held_out is None else read_feedback(args.held_out, args.user)
+    if args.user is not None:
+        feedback.setdefault(args.user, [])
+    if args.out is not None and not feedback:
+        raise DataError(f"{args.feedback}: holds no judgment; write one a line, or give --user ID for a generic user")
+    strangers = [user for user in held_out if user not in feedback]
+    if strangers:
+        raise DataError(*(f"{args.held_out}: user {quote(user)} is not a new user of --feedback" for user in strangers))
+    model = load_model(directory, device=str(pick_device(config.train.device)))
+    _check_model(model, directory, args)
+    if args.ask is not None:
+        for question in _questions(model, config, feedback, args):
+            sys.stdout.write(json.dumps(question, ensure_ascii=False) + "\n")
+    if args.out is None:
+        return 0
+    check_new(model, list(feedback), args.out)
+    if model.contexts is not None:
+        write_with_users(directory, args.out, model, {}, _facts(model, feedback))
+        return 0
+    fitted = _fit(model, config, feedback, held_out)
+    write_with_users(directory, args.out, model, {user: one.state for user, one in fitted.items()}, {})
+    for user, one in fitted.items():
+        sys.stdout.write(json.dumps(_report(model, user, one)) + "\n")
+    return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    wrong = []
+    if args.out is None and args.ask is None:
+        wrong.append("--out: missing; give a directory for the checkpoint with the new users, or --ask N")
+    if args.out is not None and args.feedback is None and args.user is None:
+        wrong.append("--feedback: missing; give a file of the new users' judgments, or --user ID for a generic one")
+    if args.ask is not None and args.ask < 1:
+        wrong.append(f"--ask: got {args.ask}, expected at least 1")
+    if (args.ask is None) != (args.pool is None):
+        wrong.append("--ask and --pool: one without the other; questions are picked from a pool")
+    if wrong:
+        raise ConfigError(*wrong)
+
+
+def _check_model(model: PersonalizedModel, directory: Path, args: argparse.Namespace) -> None:
+    if model.user_encoder is None:
+        raise ConfigError(f"{directory}: was trained without users; give a run with user.kind individual, cluster, "
+                          "low_rank, text or history")
+    if model.contexts is None:
+        try:
+            _ = model.user_encoder.table
+        except ValueError as error:
+            raise ConfigError(f"{directory}: {error}") from None
+    elif args.ask is not None:
+        raise ConfigError(f"--ask: {directory} reads its users ({model.contexts.kind}) and fits nothing; leave it out")
+
+
+def _questions(
+    model: PersonalizedModel, config: Config, feedback: Mapping[str, list[JudgedRow]], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    if len(feedback) > 1:
+        raise ConfigError(f"--ask: {args.feedback} has {len(feedback)} users; questions are for one")
+    records = [record for _, record in read_jsonl(args.pool)]
+    rows = [
+        preference_row({**record, "user_id": "-"}, f"{args.pool}: question {i}") for i, record in enumerate(records, 1)
+    ]
+    if not rows:
+        raise DataError(f"{args.pool}: holds no pair to ask about")
+    limits = judgment_limits(config)
+    judgments = [judgment for own in feedback.values() for judgment in make_judgments(model, own, **limits)]
+    picked = choose_questions(model, judgments, make_judgments(model, rows, **limits), args.ask, **likelihood(config))
+    return [records[i] for i in picked]
+
+
+def _fit(
+    model: PersonalizedModel,
+    config: Config,
+    feedback: Mapping[str, list[JudgedRow]],
+    held_out: Mapping[str, list[JudgedRow]],
+) -> dict[str, FittedUser]:
+    limits = judgment_limits(config)
+    judgments = [make_judgments(model, rows, **limits) for rows in feedback.values()]
+    to_measure = [make_judgments(model, held_out.get(user, []), **limits) for user in feedback]
+    fitted = fit_judgments(model, judgments, to_measure, **likelihood(config))
+    return dict(zip(feedback, fitted, strict=True))
+
+
+def judgment_limits(config: Config) -> dict[str, Any]:
+    """How a run's judgments are tokenized."""
+    return {
+        "max_tokens": config.data.max_tokens,
+        "max_prompt_tokens": config.data.max_prompt_tokens,
+        "with_user_text": config.data.user_text == "prompt",
+    }
+
+
+def likelihood(config: Config) -> dict[str, Any]:
+    """How sure a judgment is at a margin, as in the run's loss."""
+    if config.method in REWARD_METHODS:
+        return {"beta": 1.0}
+    return {"beta": config.loss.beta, "per_token": config.loss.kind in REFERENCE_FREE_KINDS}
+
+
+def _facts(model: PersonalizedModel, feedback: Mapping[str, Sequence[JudgedRow]]) -> dict[str, UserFacts]:
+    """What an encoder reads about the new users: their last text, or as many of their pairs as it takes."""
+    assert model.contexts is not None
+    kept = {}
+    for user, rows in feedback.items():
+        text = next((row.user_text for row in reversed(rows) if row.user_text), "")
+        pairs = feedback_pairs(rows)[: model.contexts.max_pairs]
+        if model.contexts.kind == "text" and not text:
+            raise DataError(f"user {quote(user)}: no row has a user_text, which is what this model reads; add one")
+        kept[user] = UserFacts(text=text) if model.contexts.kind == "text" else UserFacts(pairs=tuple(pairs))
+    return kept
+
+
+def _report(model: PersonalizedModel, user: str, fitted: FittedUser) -> dict[str, Any]:
+    assert model.users is not None
+    like = None if fitted.known is None else model.users.user_id(fitted.known) if fitted.known else "generic"
+    return {
+        "user_id": user,
+        "judgments": fitted.num_judgments,
+        "like": like,
+        "probability": fitted.probability,
+        "leave_one_out": fitted.leave_one_out,
+        "held_out": fitted.held_out,
+    }

@@ -1,0 +1,106 @@
+"""What the trained users say about the next one: a Gaussian over states, and known states to start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prlhf.data.records import GENERIC_USER_ID
+from prlhf.usermodel import UserModel
+
+MAX_KNOWN = 32
+REST_SHARE = 1.0
+
+
+@dataclass(frozen=True)
+class GaussianPrior:
+    """N(mean, Q diag(variances) Q^T + rest I) over flat states of S numbers.
+
+    Args:
+        mean: (S,).
+        basis: (S, R) Q, orthonormal: the directions in which the trained users differ.
+        variances: (R,) along Q, beyond `rest`.
+        rest: variance in every direction, > 0.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    variances: Tensor
+    rest: float
+
+    def stdev(self) -> Tensor:
+        """(S,) of each number."""
+        return (self.rest + (self.basis**2) @ self.variances).sqrt()
+
+    def times_covariance(self, vectors: Tensor) -> Tensor:
+        """(..., S) times the covariance."""
+        return self.rest * vectors + ((vectors @ self.basis) * self.variances) @ self.basis.T
+
+    def penalty(self, states: Tensor) -> Tensor:
+        """Half the squared Mahalanobis distance of states (..., S) from the mean."""
+        deviation = states - self.mean
+        along = deviation @ self.basis
+        across = (deviation**2).sum(-1) - (along**2).sum(-1)
+        return 0.5 * (across / self.rest + (along**2 / (self.variances + self.rest)).sum(-1))
+
+
+def make_prior(states: Tensor, generic: Tensor, *, rest_share: float) -> GaussianPrior:
+    """Mean and shrunk covariance of the trained users' states.
+
+    Args:
+        states: (U, S) of the trained users; with none or one the prior is around the generic state.
+        generic: (S,).
+        rest_share: the variance in every direction, as a share of the trained users' mean variance per direction of
+            the whole space; keeps the prior proper where there are fewer users than numbers in a state.
+    """
+    everyone = torch.cat([generic[None], states]).double()
+    mean = everyone.mean(dim=0)
+    deviations = everyone - mean
+    _, scales, directions = torch.linalg.svd(deviations, full_matrices=False)
+    variances = scales**2 / max(1, len(everyone) - 1)
+    kept = variances > 1e-9 * variances.max().clamp(min=1e-12)
+    total = float(variances.sum()) or 1.0
+    rest = rest_share * total / states.shape[1]
+    return GaussianPrior(mean, directions[kept].T, variances[kept], rest)
+
+
+@dataclass(frozen=True)
+class Population:
+    """What a new user may be: one of A known states, or a draw from the Gaussian.
+
+    Args:
+        states: (A, S) float64; the generic state first.
+        ids: user index of each, 0 for the generic one.
+    """
+
+    states: Tensor
+    ids: tuple[int, ...]
+    prior: GaussianPrior
+
+
+def make_population(user_model: UserModel, *, rest_share: float = REST_SHARE) -> Population:
+    """The population of a trained user model; of many users the Gaussian knows all, the known states a few.
+
+    Raises: ValueError: a model without rows of users.
+    """
+    generic = user_model.generic_state.detach().flatten().double().cpu()
+    rows = user_model.table.detach()[len(user_model.table) - user_model.num_users :].flatten(1).double().cpu()
+    picked = _spread(rows, MAX_KNOWN)
+    states = torch.cat([generic[None], rows[picked]])
+    ids = (GENERIC_USER_ID, *(i + 1 for i in picked))
+    return Population(states, ids, make_prior(rows, generic, rest_share=rest_share))
+
+
+def _spread(rows: Tensor, most: int) -> list[int]:
+    """Up to `most` rows, each the one farthest from those before it, from the one farthest from the mean on."""
+    if len(rows) <= most:
+        return list(range(len(rows)))
+    distances = (rows - rows.mean(0)).norm(dim=1)
+    picked: list[int] = []
+    for _ in range(most):
+        picked.append(int(distances.argmax()))
+        to_last = (rows - rows[picked[-1]]).norm(dim=1)
+        distances = to_last if len(picked) == 1 else torch.minimum(distances, to_last)
+    return picked

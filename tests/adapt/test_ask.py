@@ -1,0 +1,30 @@
+"""Questions are chosen for what their answers tell apart."""
+
+from __future__ import annotations
+
+import torch
+
+from prlhf.adapt.ask import pick_informative
+
+
+def _pick(margins: list[list[float]], count: int, log_weights: list[float]) -> list[int]:
+    return pick_informative(
+        torch.tensor(margins).double(), torch.tensor(log_weights).double(), count, beta=1.0,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def test_the_question_that_halves_the_hypotheses_comes_first_and_its_like_last() -> None:
+    same, halves, again, odd_even = [9.0, 9, 9, 9], [9.0, 9, -9, -9], [9.0, 9, -9, -9], [9.0, -9, 9, -9]
+    picked = _pick([same, halves, again, odd_even], 3, [0.0, 0, 0, 0])
+    assert picked[:2] in ([1, 3], [3, 1])
+    assert picked[2] in (0, 2)
+
+
+def test_a_question_whose_answer_is_known_is_not_asked() -> None:
+    tells_the_unlikely_apart, tells_the_likely_apart = [0.0, 0, 9, -9], [9.0, -9, 0, 0]
+    assert _pick([tells_the_unlikely_apart, tells_the_likely_apart], 1, [0.0, 0, -20, -20]) == [1]
+
+
+def test_a_coin_tells_nothing() -> None:
+    assert _pick([[0.0, 0.0], [1.0, -1.0]], 1, [0.0, 0.0]) == [1]

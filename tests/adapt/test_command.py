@@ -1,0 +1,117 @@
+"""`prlhf adapt` from judgments to a checkpoint that serves the new user."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from prlhf.models import load_policy
+from tests.cli_run import Run
+from tests.tiny_run import EVAL_THINGS, Tiny, long_answer, preference_record, short_answer, snapshot, write_jsonl
+
+
+@pytest.fixture
+def run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(tiny, tmp_path, capsys)
+
+
+def _trained(run: Run, **settings: object) -> Path:
+    assert run.train(eval__generate=0, eval__few_shot=0, **settings)[0] == 0
+    return run.runs / "tiny" / "checkpoints" / "step-00000004"
+
+
+def _pair(thing: str, user: str | None = None) -> dict[str, object]:
+    record = preference_record(thing, "x", prefers_short=True)
+    return {**record, "user_id": user} if user else {k: v for k, v in record.items() if k != "user_id"}
+
+
+def test_a_user_is_added_and_nobody_else_moves_by_a_bit(run: Run) -> None:
+    checkpoint = _trained(run)
+    before = snapshot(checkpoint)
+    thing = EVAL_THINGS[0]
+    feedback = write_jsonl(run.folder / "dora.jsonl", [
+        _pair(EVAL_THINGS[1]),
+        {"prompt": "Say it", "response": long_answer(thing), "edited": short_answer(thing)},
+        {"prompt": "Tell me", "response": long_answer(thing), "label": False},
+    ])
+    out = run.folder / "with_dora"
+    code, printed, _ = run("adapt", checkpoint, "--user", "dora", "--feedback", feedback, "--out", out)
+    assert code == 0
+    report = json.loads(printed)
+    assert (report["user_id"], report["judgments"]) == ("dora", 3)
+    assert snapshot(checkpoint) == before
+    old, new = (load_file(folder / "users.safetensors") for folder in (checkpoint, out))
+    assert torch.equal(new["generic"], old["generic"])
+    assert torch.equal(new["offsets"][:2], old["offsets"])
+    assert load_policy(out).users.user_ids == ("ann", "bob", "dora")  # type: ignore[union-attr]
+    assert (out / "trainable.safetensors").samefile(checkpoint / "trainable.safetensors")
+    assert run("adapt", out, "--user", "eve", "--out", run.folder / "with_eve")[0] == 0
+    assert torch.equal(load_file(run.folder / "with_eve" / "users.safetensors")["offsets"][3], torch.zeros(3, 32))
+
+
+def test_many_users_come_from_one_file(run: Run) -> None:
+    checkpoint = _trained(run, user__kind="cluster")
+    rows = [_pair(thing, user) for thing in EVAL_THINGS for user in ("u1", "u2")]
+    feedback = write_jsonl(run.folder / "many.jsonl", rows)
+    out = run.folder / "out"
+    code, printed, _ = run("adapt", checkpoint, "--feedback", feedback, "--held-out", feedback, "--out", out)
+    assert code == 0
+    first, second = map(json.loads, printed.splitlines())
+    assert (first["user_id"], second["user_id"]) == ("u1", "u2")
+    assert {**first, "user_id": ""} == pytest.approx({**second, "user_id": ""}, abs=1e-6)
+    assert first["held_out"] is not None
+    weights = load_file(out / "users.safetensors")["weights"]
+    assert weights.shape == (5, 2)
+    torch.testing.assert_close(weights[3], weights[4])
+
+
+def test_an_encoder_reads_a_new_users_pairs_from_the_new_checkpoint(run: Run) -> None:
+    checkpoint = _trained(run, user__kind="history")
+    feedback = write_jsonl(run.folder / "dora.jsonl", [_pair(thing) for thing in EVAL_THINGS])
+    out = run.folder / "out"
+    assert run("adapt", checkpoint, "--user", "dora", "--feedback", feedback, "--out", out)[0] == 0
+    policy = load_policy(out)
+    assert len(policy.contexts.facts["dora"].pairs) == 3  # type: ignore[union-attr]
+    assert policy.users.index("dora") == 3  # type: ignore[union-attr]
+
+
+def test_questions_come_from_the_pool_and_write_nothing(run: Run) -> None:
+    checkpoint = _trained(run)
+    pool = [_pair(thing) for thing in EVAL_THINGS]
+    path = write_jsonl(run.folder / "pool.jsonl", pool)
+    code, printed, _ = run("adapt", checkpoint, "--user", "dora", "--ask", 2, "--pool", path)
+    asked = [json.loads(line) for line in printed.splitlines()]
+    assert code == 0
+    assert len(asked) == 2
+    assert asked[0] != asked[1]
+    assert all(question in pool for question in asked)
+
+
+def test_bad_input_is_one_line_each_and_nothing_is_written(run: Run) -> None:
+    checkpoint = _trained(run)
+    out = run.folder / "out"
+    bad = write_jsonl(run.folder / "bad.jsonl", [{"prompt": "p", "response": "r", "label": "yes"}, {"prompt": "p"}])
+    good = write_jsonl(run.folder / "good.jsonl", [_pair("tea", "dora")])
+    assert len(run.refused("adapt", checkpoint, "--user", "dora", "--feedback", bad, "--out", out)) == 2
+    [known] = run.refused("adapt", checkpoint, "--user", "ann", "--out", out)
+    assert "knows them already" in known
+    [other] = run.refused("adapt", checkpoint, "--user", "eve", "--feedback", good, "--out", out)
+    assert "'dora'" in other
+    [without_pool] = run.refused("adapt", checkpoint, "--user", "eve", "--ask", 3)
+    assert "--pool" in without_pool
+    empty = write_jsonl(run.folder / "empty.jsonl", [])
+    assert len(run.refused("adapt", checkpoint, "--feedback", empty, "--out", out)) == 1
+    other_user = write_jsonl(run.folder / "fay.jsonl", [_pair("tea", "fay")])
+    [stranger] = run.refused("adapt", checkpoint, "--user", "dora", "--held-out", other_user, "--out", out)
+    assert "'fay'" in stranger
+    [reserved] = run.refused("adapt", checkpoint, "--user", "generic", "--out", out)
+    assert "generic user" in reserved
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine").touch()
+    [exists] = run.refused("adapt", checkpoint, "--user", "eve", "--out", out)
+    assert "new directory" in exists
