@@ -23,15 +23,16 @@ from prlhf.generation.choose import Answer, choose_tokens
 from prlhf.generation.options import SamplingOptions
 from prlhf.generation.slots import SlotCache
 from prlhf.models.backbone import input_embedding, pad_token_id
-from prlhf.models.packing import PROBE_TOLERANCE
+from prlhf.models.packing import PROBE_TOLERANCE, reads_trees
 from prlhf.models.policy import PersonalizedPolicy
 
 logger = logging.getLogger(__name__)
 
 SPARE_COLUMNS = 64
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS = 512  # at a time: larger calls leave the cache of the CPU, and a longest row pads the others
 # A prompt read alone costs as much as a step of all rows, so prompts wait until this share of the batch is free.
 JOIN_SHARE = 1 / 8
+WINDOW_ROWS = 8  # attended to at a time, so that short rows do not read the long ones' length in pads
 # Why a backbone is answered from one row at a time; None: it need not be.
 _REFUSALS: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
@@ -82,12 +83,15 @@ def decode(
     joined = 0
     while batch.answers or joined < len(requests):
         waiting, free = len(requests) - joined, num_slots - len(batch.answers)
-        if waiting and (not batch.answers or free >= min(waiting, JOIN_SHARE * num_slots)):
-            on_batch()
-            most = max(1, PREFILL_TOKENS // len(requests[joined].prompt_ids))
-            new = slice(joined, joined + min(free, most))
-            batch.join_(requests[new], answers[new])
-            joined = min(new.stop, len(requests))
+        if not batch.answers or free >= min(waiting, JOIN_SHARE * num_slots):
+            end = min(len(requests), joined + free)
+            while joined < end:
+                on_batch()
+                # The longest comes first, so it says how wide the call is.
+                most = max(1, PREFILL_TOKENS // len(requests[joined].prompt_ids))
+                new = slice(joined, min(end, joined + most))
+                batch.join_(requests[new], answers[new])
+                joined = new.stop
         batch.step_(options)
 
 
@@ -139,13 +143,18 @@ def read_next_(backbone: nn.Module, cache: SlotCache, embeds: Tensor) -> Tensor:
     """
     cache.make_room_()
     lengths = torch.tensor(cache.lengths, device=embeds.device)[:, None]
-    mask = None
+    options: dict[str, Any] = {}
     if len(set(cache.lengths)) > 1:
         width = max(cache.lengths)
-        mask = (torch.arange(width + 1, device=embeds.device) >= width - lengths).long()
-    out = _read(backbone, embeds, cache, attention_mask=mask, position_ids=lengths)
+        mask = torch.arange(width + 1, device=embeds.device) >= width - lengths
+        options["attention_mask"] = mask.long()
+        if reads_trees(backbone):
+            starts = range(0, len(cache.lengths), WINDOW_ROWS)
+            windows = [slice(start, start + WINDOW_ROWS) for start in starts]
+            options["windows"] = [(rows, width - max(cache.lengths[rows])) for rows in windows]
+    logits = _read(backbone, embeds, cache, position_ids=lengths, **options)
     cache.grow_()
-    return out[:, -1]
+    return logits[:, -1]
 
 
 def _read(backbone: nn.Module, embeds: Tensor, cache: SlotCache, **options: Any) -> Tensor:
