@@ -109,6 +109,8 @@ def _add_generation_commands(commands: Any) -> None:
         )
         command.add_argument("--temperature", type=float, default=0.7)
         command.add_argument("--top-p", type=float, default=1.0)
+        command.add_argument("--top-k", type=int, default=0)
+        command.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; repeatable")
         command.add_argument("--max-new-tokens", type=int, default=160)
         command.add_argument("--repetition-penalty", type=float, default=1.0)
         command.add_argument("--no-repeat-ngram-size", type=int, default=0)
@@ -267,19 +269,12 @@ def _about_users(policy: Any, pairs: list[tuple[str, Any]], text: str) -> dict[s
 def _sampling(args: argparse.Namespace) -> Any:
     from prlhf.generation import SamplingOptions
 
-    wrong = []
-    if args.temperature < 0:
-        wrong.append(f"--temperature: got {args.temperature}, expected 0 (greedy) or more")
-    if not 0 < args.top_p <= 1:
-        wrong.append(f"--top-p: got {args.top_p}, expected above 0 and at most 1")
-    if args.max_new_tokens < 1:
-        wrong.append(f"--max-new-tokens: got {args.max_new_tokens}, expected at least 1")
-    if wrong:
-        raise ConfigError(*wrong)
     return SamplingOptions(
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
+        top_k=args.top_k,
+        stop_strings=tuple(args.stop),
         seed=args.seed,
         repetition_penalty=args.repetition_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,

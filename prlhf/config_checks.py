@@ -134,6 +134,9 @@ def _contradictions(config: Any) -> Iterator[Problem]:
     if loss.kind in REFERENCE_FREE_KINDS and config.model.reference == "live":
         text = f"got live with loss.kind {loss.kind}, which compares with no reference, expected precomputed"
         yield Problem(("model.reference", "loss.kind"), text)
+    if config.eval.temperature == 0 and config.eval.top_p < 1:
+        text = f"got {config.eval.top_p} with eval.temperature 0, which takes the likeliest token, expected 1"
+        yield Problem(("eval.top_p", "eval.temperature"), text)
     user_tokens = 0 if user.kind == "none" else user.num_user_tokens
     if data.max_prompt_tokens + user_tokens >= data.max_tokens:
         text = f"got {data.max_prompt_tokens} and {user_tokens} user tokens, expected room for a response in "

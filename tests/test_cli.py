@@ -369,7 +369,9 @@ def test_a_bug_is_not_taken_for_a_mistake(run: Run, monkeypatch: pytest.MonkeyPa
     [
         (("generate", "tiny", "--users", "bobb"), ["'bobb'" , "did you mean", "bob"]),
         (("generate", "vanilla", "--users", "bob"), ["bob", "0 known users"]),
-        (("generate", "tiny", "--temperature", "-1"), ["--temperature", "-1"]),
+        (("generate", "tiny", "--temperature", "-1"), ["temperature", "-1"]),
+        (("generate", "tiny", "--temperature", "0", "--top-k", "5"), ["temperature", "top_k 5"]),
+        (("generate", "tiny", "--stop", ""), ["stop_strings"]),
         (("generate", "tiny", "--max-new-tokens", "5000"), ["max_new_tokens", "5000"]),
     ],
 )

@@ -116,6 +116,7 @@ def test_a_number_is_finite(value: object) -> None:
         ({"method": "sft", "user": {"kind": "none"}, "loss": {"kind": "kto"}}, "loss.kind"),
         ({"user": {"kind": "cluster", "prior": 0.1}}, "user.prior"),
         ({"method": "sft", "user": {"kind": "none"}, "train": {"group_pairs": True}}, "train.group_pairs"),
+        ({"eval": {"temperature": 0.0, "top_p": 0.9}}, "eval.top_p"),
         ({"data": {"max_tokens": 522}}, "data.max_prompt_tokens"),
         ({"model": {"lora": {"targets": []}}}, "model.lora.targets"),
         ({"name": "../escape"}, "name"),

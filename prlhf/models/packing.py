@@ -213,6 +213,11 @@ def packed_call(backbone: nn.Module, embeds: Tensor, trees: Trees, position_ids:
     )
 
 
+def reads_trees(backbone: nn.Module) -> bool:
+    """Whether `set_up_packing_` has let the backbone read packs."""
+    return cast(Any, backbone).config._attn_implementation == ATTENTION
+
+
 def set_up_packing_(backbone: nn.Module) -> Packing | str:
     """Let a backbone read packs, if it computes over them what it computes over padded rows.
 

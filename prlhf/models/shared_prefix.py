@@ -7,6 +7,7 @@ is registered with transformers' AttentionInterface, so a backbone reads packs w
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ ATTENTION = "prlhf_trees"
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 Span = tuple[int, int]
+Window = tuple[slice, int]  # rows of a batch, and the first position that any of them has
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,29 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     trees: Trees | None = None,
+    windows: Sequence[Window] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: trees where the caller gave some, scaled dot products otherwise."""
+    """An attention function of transformers: trees where the caller gave some, scaled dot products otherwise.
+
+    Args:
+        windows: all rows of a left-padded batch, in order; pads that all rows of a window share are not read.
+    """
+    if windows is not None:
+        assert attention_mask is not None
+        parts = [
+            sdpa_attention_forward(
+                module,
+                query[rows],
+                key[rows, :, first:],
+                value[rows, :, first:],
+                attention_mask[rows, ..., first:],
+                scaling=scaling,
+                **kwargs,
+            )[0]
+            for rows, first in windows
+        ]
+        return torch.cat(parts), None
     if trees is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     window = kwargs.pop("sliding_window", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from prlhf.data.records import Message
-from prlhf.errors import DataError
+from prlhf.errors import ConfigError, DataError
 from prlhf.generation import SamplingOptions, generate, generate_ids
 from prlhf.models.policy import PersonalizedPolicy
 from tests.families import FAMILIES, MAX_POSITIONS
@@ -215,9 +216,40 @@ def test_a_prompt_is_refused_when_it_and_the_answer_exceed_the_models_positions(
 
 def test_a_prompt_that_is_too_long_is_refused_before_any_work_is_done():
     policy = tiny_policy()
-    policy.backbone.generate = pytest.fail
+    policy.backbone.forward = pytest.fail
     with pytest.raises(DataError, match="shorten the prompt"):
         generate(policy, ["Tea?", "x7" * 200], [1, 1], options=GREEDY, batch_rows=1)
+
+
+def test_a_stop_string_ends_an_answer_and_is_no_part_of_it():
+    policy = tiny_policy()
+    options = SamplingOptions(max_new_tokens=40, temperature=1.0, seed=3)
+    whole = generate(policy, TEXTS, [0, 1, 2], options=options)
+    stop = whole[0][5:7]
+    stopping = dataclasses.replace(options, stop_strings=("never said", stop))
+    stopped = generate(policy, TEXTS, [0, 1, 2], options=stopping)
+    assert stopped == [text.split(stop)[0].strip() for text in whole] and stopped[0] != whole[0]
+    ids = generate_ids(policy, [[0, 9]], [1], options=options)[0]
+    stop = policy.tokenizer.decode(ids[3:5])
+    assert generate_ids(policy, [[0, 9]], [1], options=dataclasses.replace(options, stop_strings=(stop,))) == [ids[:5]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"temperature": -1.0, "top_p": 0.0}, ["temperature: got -1.0", "top_p: got 0.0"]),
+        ({"temperature": float("nan")}, ["temperature: got nan"]),
+        ({"temperature": 0.0, "top_k": 5}, ["temperature: 0 takes the likeliest token", "top_k 5"]),
+        ({"stop_strings": "END"}, ["stop_strings: got 'END'"]),
+        ({"stop_strings": ("",)}, ["stop_strings"]),
+        ({"max_new_tokens": 0, "top_k": -1, "repetition_penalty": 0.0}, ["max_new_tokens", "top_k", "repetition_pen"]),
+        ({"no_repeat_ngram_size": -1}, ["no_repeat_ngram_size"]),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused_together(settings, parts):
+    with pytest.raises(ConfigError) as refusal:
+        SamplingOptions(**settings)
+    assert all(part in str(refusal.value) for part in parts)
 
 
 def test_an_empty_prompt_is_refused_without_bos():
