@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from prlhf.adapt.command import judgment_limits, likelihood
+from prlhf.adapt.new_users import judgment_limits, likelihood
 from torch.nn import functional as F
 
 from prlhf.adapt import Judgment, fit_judgments
