@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from prlhf.adapt.new_users import judgment_limits, likelihood
 from torch.nn import functional as F
 
 from prlhf.adapt import Judgment, fit_judgments
 from prlhf.adapt.ask import pick_informative
 from prlhf.adapt.feedback import make_judgments
 from prlhf.adapt.margins import Margins
+from prlhf.adapt.new_users import judgment_limits, likelihood
 from prlhf.adapt.population import make_population
 from prlhf.config import Config, load_config
 from prlhf.data.load import load_preference_data
