@@ -91,7 +91,7 @@ def logps_with(job: Job, rows: list[PreferenceRow], place: int) -> torch.Tensor:
     """Log-probs of training row `place`'s two responses, always as the data set first had them, at three steps."""
     assert job.contexts is not None
     contexts = job.contexts.with_facts(collect_facts(rows))
-    (batch,), _ = batches_of_step(dataclasses.replace(job, rows=[job.rows[place]]), 0)
+    batch = collate_pairs([job.rows[place]], job.pad_id)
     values = []
     for step in range(3):
         read = collate_contexts([contexts.of_row(rows[place], (1, step, place), training=True)], job.pad_id)
