@@ -38,21 +38,29 @@ NEW, OLD = f"{PREFIX}new-", f"{PREFIX}old-"
 def find_user(checkpoint: Path, user_id: str) -> list[str]:
     """The files of a checkpoint from which forgetting a user would take something.
 
-    Raises: CheckpointError: damaged, or the user is the only one of the model.
+    Raises: CheckpointError: the user is the only one of the model.
     """
     users = read_json(checkpoint / USER_IDS)["user_ids"]
     files = [path.name for path in _json_files(checkpoint) if scrub(read_json(path), user_id)[1]]
     if user_id in users:
         files += [name for name, tables in _tables(checkpoint, len(users)).items() if tables]
-    if not files:
-        return files
-    damage = find_damage(checkpoint)
-    if damage:
-        raise CheckpointError(*(f"{line}; delete the checkpoint, which holds the user and cannot be used, and call "
-                                "prlhf forget again" for line in damage))
     if users == [user_id]:
         raise CheckpointError(f"{checkpoint}: the user is the only one of this model; delete it with all it holds")
     return files
+
+
+def check_cleanable(checkpoint: Path) -> None:
+    """Refuse to seal anew what is damaged, or what `remove_user` does not know.
+
+    Raises: CheckpointError: a damaged file, or a folder inside.
+    """
+    # A tombstone may be newer than the manifest, where a copy of an earlier one was sealed.
+    damage = [line for line in find_damage(checkpoint) if not line.startswith(f"{checkpoint / TOMBSTONES}:")]
+    wrong = [f"{line}; delete the checkpoint, which cannot be used, and call prlhf forget again" for line in damage]
+    wrong += [f"{path}: a folder inside a checkpoint, which prlhf forget cannot clean; nothing was changed"
+              for path in checkpoint.iterdir() if path.is_dir()]
+    if wrong:
+        raise CheckpointError(*wrong)
 
 
 def remove_user(checkpoint: Path, user_id: str) -> None:

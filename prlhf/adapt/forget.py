@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prlhf.adapt.checkpoint_rows import RECEIPT, compares_data, find_user, finish_rename, finish_renames, remove_user
-from prlhf.adapt.scrub import (
-    count_changed_lines,
-    drop_row,
-    names,
-    rewrite_lines,
-    scrub,
-    scrub_line,
-    strings,
+from prlhf.adapt.checkpoint_rows import (
+    RECEIPT,
+    check_cleanable,
+    compares_data,
+    find_user,
+    finish_rename,
+    finish_renames,
+    remove_user,
 )
+from prlhf.adapt.scrub import count_changed_lines, drop_row, rewrite_lines, scrub, scrub_line, strings
 from prlhf.data.jsonl import read_jsonl
 from prlhf.data.prepared import USERS_FILE
 from prlhf.data.quoting import quote
@@ -65,14 +65,15 @@ def forget_user(directory: Path, user_id: str, *, data: Path | None = None) -> d
         _clear_leftovers(directory, is_checkpoint=is_checkpoint)
         tombstones = Tombstones(directory)
         tag = tombstones.tag(user_id)
-        begun = tag in tombstones.entries
+        known = tombstones.entries.get(tag)
+        begun = known is not None and known["finished"] is None
         steps = _plan(directory, user_id, data, is_checkpoint=is_checkpoint, begun=begun)
-        if not steps and not begun:
+        if not steps and known is None:
             raise DataError(f"{directory}: holds nothing of this user; check the id, which must match as a whole")
         report = directory / "report.html"
         if steps and report.is_file():
             steps.insert(0, Step(report.name, report.unlink))
-        if steps or tombstones.entries[tag]["finished"] is None:
+        if steps or begun:
             tombstones.bury(tag)
             for step in steps:
                 tombstones.note(tag, step.what)
@@ -113,6 +114,7 @@ def _plan(
     for checkpoint, files in found.items():
         # A model without users holds none, but what it was trained on must change all the same.
         if files or (begun and compares_data(checkpoint)):
+            check_cleanable(checkpoint)
             what = ", ".join(files) or "the training data's hash in state.json"
             where = "" if is_checkpoint else f"{checkpoint.name}: "
             steps.append(Step(f"{where}the user's part of {what}", partial(remove_user, checkpoint, user_id)))
@@ -171,7 +173,7 @@ def _own_texts(checkpoints: Iterable[Path], data: Iterable[Path], user_id: str) 
                     own = _changed(own, strings(facts), mine)
         for path in rows:
             for _, record in read_jsonl(path):
-                if names(record, user_id) == mine:
+                if (record.get("user_id") == user_id) == mine:
                     own = _changed(own, strings(record), mine)
     return frozenset(text for text in own if len(text) > 1)
 

@@ -220,14 +220,27 @@ def draw_map(figure: Any, places: UserMap, users: Sequence[KnownUser], *, by_clu
             figure.colorbar(shown, label="accuracy")
     axis.scatter(*places.generic.numpy(), s=140, marker="*", color="#000000", label="generic user")
     axis.annotate("generic user", places.generic.numpy(), xytext=(8, 6), textcoords="offset points", fontsize=8)
-    if len(users) <= MAX_LABELLED_USERS:
-        for rank, i in enumerate(points[:, 1].argsort()):  # names left and right in turn, so that fewer overlap
-            side: dict[str, Any] = {"xytext": (6, 3)} if rank % 2 == 0 else {"xytext": (-6, 3), "ha": "right"}
-            axis.annotate(shorten(users[i].user_id), points[i], textcoords="offset points", fontsize=8, **side)
     axis.margins(0.12)
+    if len(users) <= MAX_LABELLED_USERS:
+        _name_points(axis, points, [shorten(user.user_id) for user in users])
     axis.set_xlabel(f"first component ({places.explained[0]:.0%} of the variance of the soft prompts)")
     axis.set_ylabel(f"second component ({places.explained[1]:.0%})")
     _legend(figure, [axis])
+
+
+def _name_points(axis: Any, points: Any, names: Sequence[str]) -> None:
+    """Names to the right of their points, from the lowest on; one that would lie on another is lifted, on a line."""
+    in_points = axis.transData.transform(points) * 72 / axis.figure.dpi
+    placed: list[tuple[float, float]] = []
+    for i in np.argsort(in_points[:, 1]):
+        x, y = in_points[i]
+        height = y
+        for other_x, other_y in placed:
+            if abs(other_x - x) < 60 and height - other_y < 10:
+                height = other_y + 10
+        placed.append((x, height))
+        axis.annotate(names[i], points[i], xytext=(9, height - y), textcoords="offset points", fontsize=8,
+                      va="center", arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3})
 
 
 def _legend(figure: Any, axes: Sequence[Any]) -> None:

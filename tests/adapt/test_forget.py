@@ -253,6 +253,29 @@ def test_a_user_added_to_frozen_weights_leaves_no_trace(tmp_path: Path) -> None:
         assert torch.equal(logits_of(after, user), logits_of(base, user))
 
 
+def test_a_folder_inside_a_checkpoint_is_refused_before_anything_goes(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "cat")
+    (checkpoint_of(tmp_path / "run") / "users").mkdir()
+    with pytest.raises(CheckpointError, match="cannot clean; nothing was changed"):
+        forget_user(tmp_path / "run", "cat")
+    assert not (tmp_path / "run" / "tombstones.json").exists()
+
+
+def test_a_sealed_copy_of_a_tombstone_is_no_damage(tmp_path: Path) -> None:
+    """As in a model adapted from one that had forgotten somebody."""
+    save_policy(tmp_path / "run")
+    adapted = tmp_path / "adapted"
+    shutil.copytree(checkpoint_of(tmp_path / "run"), adapted)
+    forget_user(adapted, "ann")
+    seal_directory(adapted)
+    with pytest.raises(Crash), killed_at(6):
+        forget_user(adapted, "cat")
+    [line] = find_damage(adapted)
+    assert line.startswith(f"{adapted / 'tombstones.json'}: ")
+    forget_user(adapted, "cat")
+    assert find_damage(adapted) == []
+
+
 def _add_row(checkpoint: Path, user_id: str) -> None:
     tables = load_file(checkpoint / "users.safetensors")
     tables["offsets"] = torch.cat([tables["offsets"], torch.ones_like(tables["offsets"][:1])])
