@@ -139,11 +139,17 @@ def measure_questions(
     """Accuracy of the likeliest known state after 0..most answers: to chosen questions, and to random ones."""
     limits, beta = judgment_limits(config), float(likelihood(config)["beta"])
     states = make_population(model.user_encoder).states[1:]  # type: ignore[arg-type]
-    tables, rates = [], []
+    pool = {row.pair_id: row for subject in subjects for row in subject.pool[:pool_rows]}
+    # 1 and -1: the user's own preference between the two responses; 0: none.
+    tastes = torch.zeros(len(subjects), len(pool)).double()
+    for user, subject in enumerate(subjects):
+        own = {row.pair_id: row.chosen for row in subject.pool}
+        tastes[user] = torch.tensor([
+            0.0 if pair not in own else 1.0 if own[pair] == row.chosen else -1.0 for pair, row in pool.items()
+        ])
     with model.evaluating():
-        for subject in subjects:
-            for rows, into in ((subject.pool[:pool_rows], tables), (subject.test, rates)):
-                into.append(Margins(model, make_judgments(model, rows, **limits)).table(states))
+        table = Margins(model, make_judgments(model, list(pool.values()), **limits)).table(states)
+        rates = [Margins(model, make_judgments(model, one.test, **limits)).table(states) for one in subjects]
     accuracy = torch.stack([(table > 0).double().mean(0) for table in rates])
     curves: dict[str, list[float]] = {}
     for way in ("chosen", "random"):
@@ -151,21 +157,17 @@ def measure_questions(
         curve = np.zeros(most + 1)
         for simulated in range(NUM_SIMULATED_USERS):
             user = simulated % len(subjects)
-            margins = torch.cat(tables)
-            own = torch.cat([torch.full((len(table),), i == user) for i, table in enumerate(tables)])
-            # Whose row a pair is says nothing: either response may be the first.
-            flips = torch.from_numpy(rng.choice([-1.0, 1.0], len(margins)))[:, None]
-            coins = torch.from_numpy(rng.choice([-1.0, 1.0], len(margins)))
-            margins, answers = margins * flips, torch.where(own, flips[:, 0], coins)
+            coins = torch.from_numpy(rng.choice([-1.0, 1.0], len(table)))
+            answers = torch.where(tastes[user] == 0, coins, tastes[user])
             beliefs, asked = torch.zeros(len(states)).double(), []
             for number in range(most + 1):
                 curve[number] += accuracy[user, beliefs.argmax()] if number else accuracy[user].mean()
-                left = [i for i in range(len(margins)) if i not in asked]
+                left = [i for i in range(len(table)) if i not in asked]
                 place = rng.integers(len(left)) if way == "random" else pick_informative(
-                    margins[left], beliefs, 1, beta=beta, generator=generator
+                    table[left], beliefs, 1, beta=beta, generator=generator
                 )[0]
                 asked.append(left[place])
-                beliefs = beliefs + F.logsigmoid(beta * answers[asked[-1]] * margins[asked[-1]])
+                beliefs = beliefs + F.logsigmoid(beta * answers[asked[-1]] * table[asked[-1]])
         curves[way] = (curve / NUM_SIMULATED_USERS).tolist()
     return curves
 

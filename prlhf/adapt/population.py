@@ -11,7 +11,7 @@ from prlhf.data.records import GENERIC_USER_ID
 from prlhf.usermodel import UserModel
 
 MAX_KNOWN = 32
-REST_SHARE = 1.0
+REST_SHARE = 0.5  # far less keeps new tastes in the span of the known ones, which holds no more tastes than those
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def make_prior(states: Tensor, generic: Tensor, *, rest_share: float) -> Gaussia
     """Mean and shrunk covariance of the trained users' states.
 
     Args:
-        states: (U, S) of the trained users; with none or one the prior is around the generic state.
-        generic: (S,).
-        rest_share: the variance in every direction, as a share of the trained users' mean variance per direction of
-            the whole space; keeps the prior proper where there are fewer users than numbers in a state.
+        states: (U, S) of the trained users.
+        generic: (S,), which counts as one more.
+        rest_share: the variance in every direction, as a share of the trained users' variance in all directions;
+            keeps the prior proper where there are fewer users than numbers in a state.
     """
     everyone = torch.cat([generic[None], states]).double()
     mean = everyone.mean(dim=0)
@@ -62,8 +62,7 @@ def make_prior(states: Tensor, generic: Tensor, *, rest_share: float) -> Gaussia
     variances = scales**2 / max(1, len(everyone) - 1)
     kept = variances > 1e-9 * variances.max().clamp(min=1e-12)
     total = float(variances.sum()) or 1.0
-    rest = rest_share * total / states.shape[1]
-    return GaussianPrior(mean, directions[kept].T, variances[kept], rest)
+    return GaussianPrior(mean, directions[kept].T, variances[kept], rest_share * total)
 
 
 @dataclass(frozen=True)
