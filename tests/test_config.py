@@ -78,7 +78,7 @@ def test_all_errors_come_at_once_with_key_value_expectation_and_suggestion() -> 
         "a.yaml: train.device: got 3, expected auto | cpu | cuda | mps",
         "a.yaml: train.max_steps: got 1.5, expected a whole number or null",
         "a.yaml: loss.beta: got 'x', expected a finite number",
-        "a.yaml: checkpoint: got null, expected a mapping with keys from every_steps, keep_last",
+        "a.yaml: checkpoint: got null, expected a mapping with keys from every_steps, keep_last, keep_best",
         "a.yaml: model.gradient_checkpointing: got 1, expected true or false",
         "a.yaml: loss.alpha: got 1.5, expected a number from 0 to 1",
         "a.yaml: train.batch_rows: got 0, expected 1 or more",

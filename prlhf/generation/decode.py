@@ -32,7 +32,7 @@ SPARE_COLUMNS = 64
 PREFILL_TOKENS = 512  # at a time: larger calls leave the cache of the CPU, and a longest row pads the others
 # A prompt read alone costs as much as a step of all rows, so prompts wait until this share of the batch is free.
 JOIN_SHARE = 1 / 8
-WINDOW_ROWS = 8  # attended to at a time, so that short rows do not read the long ones' length in pads
+WINDOW_ROWS = 4  # attended to at a time, so that short rows do not read the long ones' length in pads
 # Why a backbone is answered from one row at a time; None: it need not be.
 _REFUSALS: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 

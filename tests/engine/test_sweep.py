@@ -107,7 +107,7 @@ def test_each_setting_is_trained_once_and_the_table_is_written_too(run: Run) -> 
     assert code == 0
     folder = run.runs / "alphas"
     names = ["alpha-0.0_seed-1", "alpha-0.0_seed-2", "alpha-1.0_seed-1", "alpha-1.0_seed-2"]
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == names
+    assert sorted(path.parent.name for path in folder.glob("*/STATUS.json")) == names
     assert (folder / "sweep.md").read_text() == f"# alphas\n\n{table}"
     settings = json.loads((folder / "sweep.json").read_text())["settings"]
     assert [entry["runs"] for entry in settings] == [names[:2], names[2:]]
