@@ -11,6 +11,7 @@ from torch.distributed import TCPStore
 from prlhf.distributed import (
     all_reduce_any,
     all_reduce_sum,
+    announce_stop,
     barrier,
     broadcast_object,
     init_process_group,
@@ -19,7 +20,7 @@ from prlhf.distributed import (
     teardown,
     world_size,
 )
-from prlhf.errors import ConfigError
+from prlhf.errors import ConfigError, Preempted
 from tests.run_distributed import run_distributed_test
 
 NESTED = {"user_ids": ["Ā/../", "\u202e", "a\x00b", "😀" * 300], "best": 0.1 + 0.2, "step": 2**53 - 1, "none": None}
@@ -52,6 +53,16 @@ def _stay_away_on_rank_one() -> None:
         time.sleep(1.5)
 
 
+def _leave_on_rank_one() -> None:
+    """Rank 1 says that a signal stopped it, and is gone when rank 0 waits for it."""
+    if rank() == 1:
+        announce_stop()
+        return
+    with pytest.raises(Preempted, match="another rank was stopped by a signal"):
+        for _ in range(2):  # what was under way when it left may still succeed
+            barrier(timeout_s=10)
+
+
 def _join_through_the_launchers_store(port: int, restart_count: int) -> None:
     """As under `torchrun --max-restarts`: the launcher's store outlives the ranks and keeps what they wrote."""
     teardown()
@@ -74,6 +85,10 @@ def test_a_failure_on_one_rank_is_raised() -> None:
 
 def test_a_barrier_names_the_rank_that_did_not_come() -> None:
     run_distributed_test(_stay_away_on_rank_one, 2)
+
+
+def test_a_rank_that_a_signal_stopped_stops_those_that_wait_for_it() -> None:
+    run_distributed_test(_leave_on_rank_one, 2)
 
 
 @pytest.mark.slow

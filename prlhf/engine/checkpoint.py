@@ -120,6 +120,7 @@ def save_checkpoint(
         problem = error
     _raise_together(problem, temporary, needed)
     if is_main():
+        beat(patience_s=needed / SLOW_DISK)
         try:
             reach("before_manifest")
             seal_directory(temporary, flushed)

@@ -79,7 +79,7 @@ def _signals() -> list[Row]:
     saved = "exit 75, preempted; resume has the same weights"
     return [
         Row(f"{name} twice", f"{point}, step {step}", saved,
-            partial(_stopped, f"{point}:{step}:0:{name.lower()}"), (name, step) == ("SIGTERM", EVAL_STEP))
+            partial(_stopped, f"{point}:{step}:0:{name.lower()}"), (name, step) == ("SIGTERM", NUM_STEPS))
         for name in ("SIGTERM", "SIGINT")
         for point, step in SIGNAL_POINTS
     ]

@@ -27,7 +27,11 @@ class ForkedProcess:
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(_run_fork(call, log))
+            code = 1
+            try:
+                code = _run_fork(call, log)
+            finally:  # whatever happens, the parent's frames are not the fork's to leave
+                os._exit(code)
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
@@ -88,7 +92,8 @@ def _run_fork(call: Callable[[], int], log: Path) -> int:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for descriptor in (1, 2):
             os.dup2(output, descriptor)
-        sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
+        # The objects that these replace may own the descriptors: they must not close them.
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(descriptor), "w", buffering=1) for descriptor in (1, 2))
         return call()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 1
