@@ -1,6 +1,9 @@
-"""The user store from ten thousand to ten million users: opening, reading, appending, resident memory.
+"""Users from a thousand to ten million: what a training step costs, and the store's opening, reading, appending.
 
     python benchmarks/users.py --directory /tmp/users_bench --out users.json
+
+A step is the users' part alone, forward to optimizer, of 16 rows of random users; memory is that after 200 steps,
+without the pages of the tables' files, which the system may take back, and with them.
 
 Low-rank users have 16 numbers, individual ones a soft prompt of 10 x 384. Ids are 32 random hexadecimal digits, so an
 append changes pages all over the index. Each size is written by one process and read by another, each with peak memory
@@ -17,6 +20,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import statistics
@@ -29,7 +33,9 @@ from typing import Any
 
 import torch
 
+from prlhf.engine.optim import all_reduce_gradients_, clip_gradients_, make_optimizer
 from prlhf.evaluation.report import make_table
+from prlhf.usermodel import IndividualUserModel, LowRankUserModel
 from prlhf.usermodel.store import RowField, UserStore
 
 KINDS = {
@@ -45,6 +51,15 @@ SIZES = (
     ("individual, bfloat16", 1_000_000),
 )
 NUM_READS = 2000
+TABLES = (
+    ("individual", 1_000),
+    ("individual", 10_000),
+    ("individual", 1_000_000),
+    ("low-rank", 1_000),
+    ("low-rank", 1_000_000),
+    ("low-rank", 10_000_000),
+)
+NUM_STEPS = 200
 
 
 def user_id(index: int) -> str:
@@ -93,6 +108,35 @@ def read_users(directory: Path, kind: str, num_users: int, batch: int) -> dict[s
     return {**figures, "read_peak_mib": peak_mib()}
 
 
+def train_users(kind: str, num_users: int) -> dict[str, float]:
+    """Median milliseconds of a step's users' part, and resident memory after the last."""
+    sizes = {"num_users": num_users, "num_user_tokens": 10, "dim": 384}
+    model = IndividualUserModel(**sizes) if kind == "individual" else LowRankUserModel(rank=16, **sizes)
+    generator = torch.Generator().manual_seed(0)
+    initial = torch.randn(model.num_initial, 10, 384, generator=generator)
+    model.init_(initial if model.num_initial > 1 else initial[0])
+    parameters = {f"user_encoder.{name}": parameter for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(parameters, lr=1e-3, user_lr=1e-3, cluster_lr=1e-3, encoder_lr=1e-3, weight_decay=0.0)
+    seconds, unhindered = [], []
+    for _ in range(NUM_STEPS):
+        user_ids = torch.randint(0, num_users + 1, (16,), generator=generator)
+        began, waited = time.perf_counter(), waited_for_core_s()
+        model(user_ids).square().sum().backward()
+        all_reduce_gradients_(parameters.values())
+        clip_gradients_(list(parameters.values()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - began)
+        unhindered.append(seconds[-1] - waited_for_core_s() + waited)
+    kib = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
+    return {
+        "step_ms": 1e3 * statistics.median(seconds),
+        "unhindered_step_ms": 1e3 * statistics.median(unhindered),
+        "anonymous_mib": int(kib["RssAnon"]) / 1024,
+        "resident_mib": int(kib["VmRSS"]) / 1024,
+    }
+
+
 def _time_read(store: UserStore, user: str) -> float:
     began = time.perf_counter()
     store.read([user])
@@ -109,26 +153,27 @@ def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(kind: str, num_users: int, directory: Path, batch: int) -> dict[str, Any]:
+def run_apart(half: str, kind: str, num_users: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one process."""
+    command = [sys.executable, __file__, "--half", half, kind, str(num_users), "--batch", str(args.batch)]
+    done = subprocess.run([*command, "--directory", str(args.directory)], check=True, capture_output=True, text=True)
+    return {"kind": kind, "num_users": num_users, **json.loads(done.stdout)}
+
+
+def measure(kind: str, num_users: int, args: argparse.Namespace) -> dict[str, Any]:
     """One size, each half in a process of its own."""
-    result: dict[str, Any] = {"kind": kind, "num_users": num_users}
-    batch = batch // 10 if kind.startswith("individual") else batch
+    result: dict[str, Any] = {}
     try:
         for half in ("append", "read"):
-            command = [sys.executable, __file__, "--half", half, kind, str(num_users), "--batch", str(batch)]
-            done = subprocess.run(
-                [*command, "--directory", str(directory)], check=True, capture_output=True, text=True
-            )
-            result |= json.loads(done.stdout)
-        result["disk_mib"] = sum(path.stat().st_size for path in directory.iterdir()) / 2**20
-        sys.stderr.write(f"{result}\n")
+            result |= run_apart(half, kind, num_users, args)
+        result["disk_mib"] = sum(path.stat().st_size for path in args.directory.iterdir()) / 2**20
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(args.directory, ignore_errors=True)
     return result
 
 
 def format_results(results: Sequence[dict[str, Any]]) -> str:
-    """The Markdown table."""
+    """The Markdown table of the store."""
     header = [
         "users", "number", "open ms", "unhindered", "read ms: cold, p99", "warm, p99",
         "appends/s", "last tenth", "unhindered", "peak MiB: reading", "appending", "disk MiB",
@@ -153,6 +198,13 @@ def format_results(results: Sequence[dict[str, Any]]) -> str:
     return make_table(header, rows)
 
 
+def format_steps(results: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table of training steps."""
+    header = ["users", "number", "step ms", "unhindered", "anonymous MiB", "resident MiB"]
+    keys = ("step_ms", "unhindered_step_ms", "anonymous_mib", "resident_mib")
+    return make_table(header, [[r["kind"], f"{r['num_users']:,}", *(f"{r[key]:.1f}" for key in keys)] for r in results])
+
+
 def main() -> None:
     """Measure every size; print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,18 +218,22 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.half:
         half, kind, num_users = args.half
-        figures = {"append": append_users, "read": read_users}[half](args.directory, kind, int(num_users), args.batch)
+        if half == "train":
+            figures = train_users(kind, int(num_users))
+        else:
+            batch = args.batch // 10 if kind.startswith("individual") else args.batch
+            work = {"append": append_users, "read": read_users}[half]
+            figures = work(args.directory, kind, int(num_users), batch)
         sys.stdout.write(json.dumps(figures))
         return
-    results = [
-        measure(kind, num_users, args.directory, args.batch)
-        for kind, num_users in SIZES
-        if kind in args.kinds and num_users <= args.max_users
-    ]
+    steps = [run_apart("train", kind, num, args) for kind, num in TABLES if num <= args.max_users]
+    sys.stdout.write(format_steps(steps) + "\n\n")
+    stores = [measure(kind, num, args) for kind, num in SIZES if kind in args.kinds and num <= args.max_users]
+    sys.stdout.write(format_results(stores) + "\n")
     setting = {"torch": torch.__version__, "python": platform.python_version(), "batch": args.batch}
     if args.out:
-        args.out.write_text(json.dumps({"setting": setting, "results": results}, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(format_results(results) + "\n")
+        figures = {"setting": setting, "steps": steps, "stores": stores}
+        args.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

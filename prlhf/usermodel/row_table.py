@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LARGE_TABLE_BYTES = 16 * 2**20
+LARGE_TABLE_BYTES = 4 * 2**20
 
 
 class RowTable(nn.Parameter):
