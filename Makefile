@@ -52,8 +52,8 @@ base: $(INSTALLED) ## Pretrain the built-in model again and write it into the pa
 	$(BIN)/prlhf train experiments/builtin_base_third.yaml
 	$(BIN)/python -m prlhf.engine.write_builtin runs/builtin_base_third
 
-test: $(INSTALLED) ## Run the tests, without the slow ones [ARGS="-k name"]
-	$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) ## Run the tests, without the slow ones, in two processes [ARGS="-k name"]
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(INSTALLED) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
