@@ -18,7 +18,7 @@ from prlhf.config_checks import REFERENCE_FREE_KINDS
 from prlhf.data.context import UserFacts
 from prlhf.data.jsonl import read_jsonl
 from prlhf.data.quoting import quote
-from prlhf.data.records import JudgedRow, preference_row
+from prlhf.data.records import JudgedRow, PreferenceRow, pair_content, preference_row
 from prlhf.engine.build import pick_device
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.errors import ConfigError, DataError
@@ -90,12 +90,15 @@ def _questions(
 ) -> list[dict[str, Any]]:
     if len(feedback) > 1:
         raise ConfigError(f"--ask: {args.feedback} has {len(feedback)} users; questions are for one")
-    records = [record for _, record in read_jsonl(args.pool)]
-    rows = [
-        preference_row({**record, "user_id": "-"}, f"{args.pool}: question {i}") for i, record in enumerate(records, 1)
-    ]
-    if not rows:
-        raise DataError(f"{args.pool}: holds no pair to ask about")
+    answered = {pair_content(row) for own in feedback.values() for row in own}
+    questions: dict[Any, tuple[dict[str, Any], PreferenceRow]] = {}
+    for number, record in read_jsonl(args.pool):
+        row = preference_row({**record, "user_id": "-"}, f"{args.pool}:{number}")
+        if pair_content(row) not in answered:
+            questions.setdefault(pair_content(row), (record, row))
+    if not questions:
+        raise DataError(f"{args.pool}: holds no pair that the user has not judged; give others")
+    records, rows = zip(*questions.values(), strict=True)
     limits = judgment_limits(config)
     judgments = [judgment for own in feedback.values() for judgment in make_judgments(model, own, **limits)]
     picked = choose_questions(model, judgments, make_judgments(model, rows, **limits), args.ask, **likelihood(config))

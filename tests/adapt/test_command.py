@@ -91,6 +91,21 @@ def test_questions_come_from_the_pool_and_write_nothing(run: Run) -> None:
     assert all(question in pool for question in asked)
 
 
+def test_a_pair_is_asked_once_in_either_order_and_never_when_it_was_judged(run: Run) -> None:
+    checkpoint = _trained(run)
+    first, second, third = (_pair(thing) for thing in EVAL_THINGS)
+    turned = {**first, "chosen": first["rejected"], "rejected": first["chosen"]}
+    pool = write_jsonl(run.folder / "pool.jsonl", [first, turned, second, third])
+    judged = write_jsonl(run.folder / "judged.jsonl", [second])
+    code, printed, _ = run("adapt", checkpoint, "--user", "eve", "--feedback", judged, "--ask", 4, "--pool", pool)
+    assert code == 0
+    asked = [json.loads(line) for line in printed.splitlines()]
+    assert sorted(asked, key=str) == sorted([first, third], key=str)
+    judged = write_jsonl(run.folder / "judged.jsonl", [first, second, third])
+    [line] = run.refused("adapt", checkpoint, "--user", "eve", "--feedback", judged, "--ask", 4, "--pool", pool)
+    assert "no pair that the user has not judged" in line
+
+
 def test_bad_input_is_one_line_each_and_nothing_is_written(run: Run) -> None:
     checkpoint = _trained(run)
     out = run.folder / "out"
