@@ -145,7 +145,7 @@ def _load_model(folder: Path | str, name: str, dtype: torch.dtype) -> nn.Module:
         config = AutoConfig.from_pretrained(folder, **options)
         _switch_off_dropout_(config.get_text_config())
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, **options
+            folder, config=config, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
         )
     except Exception as error:  # transformers raises whatever comes of the files that a user points it at
         raise ModelError(

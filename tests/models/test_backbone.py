@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -240,3 +241,24 @@ def test_code_in_a_folder_is_never_run(tmp_path):
     _change_json(folder / "config.json", auto_map=auto_map, model_type="evil")
     assert "cannot be loaded as a causal language model" in _refusal(folder)
     assert not canary.exists()
+
+
+class _Evil:
+    """What a pickle can do to whoever opens it."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return open, (str(self.canary), "w")
+
+
+def test_pickled_weights_are_never_opened(tmp_path):
+    folder = Path(save_folder(tmp_path / "model"))
+    (folder / "model.safetensors").unlink()
+    canary = tmp_path / "canary"
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.embed_tokens.weight": _Evil(canary)}))
+    assert "safetensors" in _refusal(folder)
+    assert not canary.exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())["model.embed_tokens.weight"].close()
+    assert canary.exists(), "the pickle does no harm: nothing was tested"
