@@ -44,8 +44,9 @@ class Bench:
         self.config = folder / "tiny.yaml"
         self._whole: dict[int, str] = {}
         self._seconds: dict[int, float] = {}
-        import prlhf.engine.trainer  # noqa: F401 (the forks find it imported)
+        from prlhf.engine.trainer import REFERENCE_CACHE  # here, so that the forks find it imported
 
+        self._reference_cache = self.runs / REFERENCE_CACHE
         ForkedProcess(lambda: 0 if write_tiny_job(folder) else 1, folder / "job.log").wait()
 
     def train(
@@ -66,6 +67,8 @@ class Bench:
             kill: a rank, and after how many seconds it is killed.
             file_limit: bytes that a file may have; beyond, writing fails as on a full disk.
         """
+        if not (self.runs / name).exists():  # a new run makes its own reference pass, which a fault may be about
+            shutil.rmtree(self._reference_cache, ignore_errors=True)
         log, began = self.folder / f"{name}.log", time.perf_counter()
         log.write_text("")
         killers: list[ForkedProcess] = []
