@@ -88,7 +88,7 @@ def compute_reference_table(
     holds the same sequences whatever the number of ranks, so its log-probs are the same to the last bit.
 
     Args:
-        on_batch: called between batches; may raise to stop; the parts before are in the cache.
+        on_batch: called before every part and batch; may raise to stop; the parts before are in the cache.
     Returns: ReferenceTable indexed by each row's `row`.
     """
     by_prompt: dict[tuple[int, ...], dict[TokenSequence, None]] = {}
@@ -100,6 +100,7 @@ def compute_reference_table(
     num_kept = 0
     with reference.active() as policy, autocast():
         for number, start in enumerate(range(0, len(sequences), PART_SEQUENCES)):
+            on_batch()
             if number % world_size() != rank():
                 continue
             part = sequences[start : start + PART_SEQUENCES]
