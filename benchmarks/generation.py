@@ -92,16 +92,16 @@ def authors_answers(policy: PersonalizedPolicy, rows: Sequence[Row]) -> list[lis
     assert policy.user_encoder is not None
     for row in rows:
         soft_prompt = policy.user_encoder(torch.tensor([row.user_id]))
-        # Placeholders hold the soft prompt's places, as in the authors' code.
+        # Ordinary tokens reserve the soft prompt's places, as in the authors' code.
         ids = torch.tensor([[row.prompt[0], *[FIRST_ORDINARY_TOKEN] * NUM_USER_TOKENS, *row.prompt[1:]]])
-        hook = embedding.register_forward_hook(_in_place_of_placeholders(soft_prompt))
+        hook = embedding.register_forward_hook(_in_reserved_places(soft_prompt))
         out = backbone.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
         hook.remove()
         answers.append(out[0, ids.shape[1] :].tolist())
     return answers
 
 
-def _in_place_of_placeholders(soft_prompt: Tensor) -> Callable[..., Tensor]:
+def _in_reserved_places(soft_prompt: Tensor) -> Callable[..., Tensor]:
     def hook(module: Any, args: Any, embeds: Tensor) -> Tensor:
         return torch.cat([embeds[:, :1], soft_prompt, embeds[:, 1 + NUM_USER_TOKENS :]], dim=1)
 

@@ -66,6 +66,17 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--out", type=Path, metavar="F", help="JSONL of the scores (default: the terminal)")
     score.set_defaults(run=_score)
 
+    _add_user_commands(commands)
+    _add_generation_commands(commands)
+    _add_data_commands(commands)
+    selftest = commands.add_parser("selftest", help="a tiny job under faults: whether nothing is lost")
+    add_selftest_arguments(selftest)
+    selftest.set_defaults(run=run_selftest)
+    commands.add_parser("env", help="print versions and hardware").set_defaults(run=_env)
+    return parser
+
+
+def _add_user_commands(commands: Any) -> None:
     from prlhf.adapt.commands import add_adapt_arguments, add_forget_arguments, run_adapt, run_forget
     from prlhf.serving.commands import add_export_arguments, add_users_arguments, run_export, run_users
 
@@ -81,13 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
     users = commands.add_parser("users", help="who is served how well, who is like whom, a map of the users")
     add_users_arguments(users)
     users.set_defaults(run=run_users)
-    _add_generation_commands(commands)
-    _add_data_commands(commands)
-    selftest = commands.add_parser("selftest", help="a tiny job under faults: whether nothing is lost")
-    add_selftest_arguments(selftest)
-    selftest.set_defaults(run=run_selftest)
-    commands.add_parser("env", help="print versions and hardware").set_defaults(run=_env)
-    return parser
 
 
 def _add_generation_commands(commands: Any) -> None:
@@ -203,7 +207,7 @@ def _score(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from prlhf.data.jsonl import write_jsonl
     from prlhf.data.records import prompt_record
-    from prlhf.evaluation.samples import user_indices
+    from prlhf.evaluation.samples import about_users, user_indices
     from prlhf.generation import generate
     from prlhf.models import load_policy
 
@@ -217,7 +221,7 @@ def _generate(args: argparse.Namespace) -> int:
         [prompt for _, prompt in pairs],
         user_indices(policy, [user for user, _ in pairs]),
         options=_sampling(args),
-        **_about_users(policy, pairs, args.user_text),
+        **about_users(policy, pairs, args.user_text),
     )
     write_jsonl(
         args.out,
@@ -231,7 +235,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     from prlhf.data.records import Message
-    from prlhf.evaluation.samples import user_indices
+    from prlhf.evaluation.samples import about_users, user_indices
     from prlhf.generation import generate
     from prlhf.models import load_policy
 
@@ -250,20 +254,11 @@ def _chat(args: argparse.Namespace) -> int:
         if policy.tokenizer.chat_template:
             history.append(Message("user", line.strip()))
         prompt = tuple(history) or line.strip()
-        about = _about_users(policy, [(args.user, prompt)], args.user_text)
+        about = about_users(policy, [(args.user, prompt)], args.user_text)
         answer = generate(policy, [prompt], user_ids, options=_sampling(args), **about)[0]
         if history:
             history.append(Message("assistant", answer))
         sys.stdout.write(answer + "\n")
-
-
-def _about_users(policy: Any, pairs: list[tuple[str, Any]], text: str) -> dict[str, Any]:
-    """What `generate` is told of the users: `text` for the encoder that reads texts, elsewhere in front of prompts."""
-    from prlhf.evaluation.samples import user_contexts
-
-    if text and policy.contexts is not None and policy.contexts.kind == "text":
-        return {"contexts": [policy.contexts.read_text(text)] * len(pairs)}
-    return {"contexts": user_contexts(policy, pairs), "user_texts": [text] * len(pairs)}
 
 
 def _sampling(args: argparse.Namespace) -> Any:

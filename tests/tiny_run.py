@@ -65,10 +65,13 @@ def write_data(directory: Path) -> Path:
     return directory
 
 
-def write_model(directory: Path, *, seed: int = 0) -> Path:
-    """A Llama of two layers and width 32 with random weights, and a byte-level tokenizer."""
-    answers = [answer(thing) for thing in THINGS for answer in (short_answer, long_answer)]
-    tokenizer = train_tokenizer(answers, vocab_size=300)
+def write_model(
+    directory: Path, *, seed: int = 0, tokenizer: Any = None, max_positions: int = MAX_POSITIONS
+) -> Path:
+    """A Llama of two layers and width 32 with random weights, and a byte-level tokenizer unless one is given."""
+    if tokenizer is None:
+        answers = [answer(thing) for thing in THINGS for answer in (short_answer, long_answer)]
+        tokenizer = train_tokenizer(answers, vocab_size=300)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -76,7 +79,7 @@ def write_model(directory: Path, *, seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=MAX_POSITIONS,
+        max_position_embeddings=max_positions,
         initializer_range=0.1,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -74,6 +74,7 @@ class Bench:
         killers: list[ForkedProcess] = []
 
         def start(environment: Mapping[str, str]) -> ForkedProcess:
+            """One rank."""
             argv = [str(self.config), f"name={name}", "--runs", str(self.runs), *settings]
             child = fork_training(argv, {**environment, VARIABLE: fault}, log, file_limit)
             if kill is not None and environment["RANK"] == str(kill[0]) and not killers:

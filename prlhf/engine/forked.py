@@ -66,6 +66,7 @@ def fork_training(
     """
 
     def call() -> int:
+        """The exit code of the launcher."""
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         os.environ.update(environment)
@@ -78,6 +79,7 @@ def kill_later(pid: int, after_s: float, log: Path) -> ForkedProcess:
     """SIGKILL to a process after a while, from a third one, so at whatever it is doing then."""
 
     def call() -> int:
+        """The exit code of the launcher."""
         time.sleep(after_s)
         os.kill(pid, signal.SIGKILL)
         return 0

@@ -85,6 +85,7 @@ def _run_supervised(args: argparse.Namespace, run_dir: Path) -> int:
     from prlhf.engine.supervise import run_ranks
 
     def start(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """One rank."""
         begun_again = environment["TORCHELASTIC_RESTART_COUNT"] != "0" and any(run_dir.glob("checkpoints/step-*"))
         resume = "auto" if begun_again else args.resume
         command = [sys.executable, "-m", "prlhf.engine.launch", args.config, *args.overrides]

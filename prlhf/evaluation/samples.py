@@ -100,6 +100,13 @@ def user_contexts(
     ]
 
 
+def about_users(model: PersonalizedModel, pairs: Sequence[tuple[str, Prompt]], text: str) -> dict[str, Any]:
+    """What `generate` is told of (user, prompt) pairs: `text` for the encoder that reads texts, else before prompts."""
+    if text and model.contexts is not None and model.contexts.kind == "text":
+        return {"contexts": [model.contexts.read_text(text)] * len(pairs)}
+    return {"contexts": user_contexts(model, pairs), "user_texts": [text] * len(pairs)}
+
+
 def score_under_reference(
     policy: PersonalizedPolicy,
     answers: Sequence[tuple[str, Prompt, str]],

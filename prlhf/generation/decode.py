@@ -202,11 +202,13 @@ def _probe(backbone: nn.Module) -> str | None:
     differences = []
 
     def join(row: int, length: int) -> None:
+        """Read the first tokens of a row."""
         with cache.joining([0], [length]):
             _read(backbone, embeds[row : row + 1, :length], cache)
         rows.append(row)
 
     def step() -> None:
+        """Read one token more of every row, and compare."""
         ends = [length + 1 for length in cache.lengths]
         new = torch.stack([embeds[row, end - 1 : end] for row, end in zip(rows, ends, strict=True)])
         logits = read_next_(backbone, cache, new)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prlhf.data.context import NO_CONTEXT
 from prlhf.data.records import GENERIC_USER_ID, Prompt
+from prlhf.evaluation.samples import GENERIC, about_users
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models import load_policy
 
@@ -35,15 +35,8 @@ class Assistant:
             sampling: fields of `SamplingOptions`, such as `temperature=0.0` or `max_new_tokens=64`.
         Raises: DataError: an unknown user, or a prompt that does not fit.
         """
-        user_ids = contexts = None
+        user_ids = None
         if self.policy.user_encoder is not None and self.policy.users is not None:
             user_ids = [GENERIC_USER_ID if user is None else self.policy.users.index(user)]
-        known = self.policy.contexts
-        if known is not None:
-            contexts = [NO_CONTEXT if user is None else known.of_user(user, prompt)]
-            if user_text and known.kind == "text":
-                contexts, user_text = [known.read_text(user_text)], ""
-        options = SamplingOptions(**sampling)
-        return generate(
-            self.policy, [prompt], user_ids, contexts=contexts, user_texts=[user_text], options=options
-        )[0]
+        about = about_users(self.policy, [(GENERIC if user is None else user, prompt)], user_text)
+        return generate(self.policy, [prompt], user_ids, options=SamplingOptions(**sampling), **about)[0]

@@ -40,9 +40,18 @@ def test_a_malformed_fault_is_one_error(text: str) -> None:
     assert caught.value.exit_code == 2
 
 
+def acts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The actions from now on, which are noted and not done."""
+    done: list[str] = []
+    monkeypatch.setattr(faults, "_act", lambda action, parameters: done.append(action))
+    return done
+
+
 def test_nothing_happens_without_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     armed(monkeypatch, "")
+    acted = acts(monkeypatch)
     reach("step_begin", step=1)
+    assert not acted
 
 
 def test_a_fault_happens_at_its_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +68,9 @@ def test_a_fault_happens_at_its_step_once(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(("text", "restarts"), [("step_begin:1:1:raise", "0"), ("step_begin:1:0:raise", "1")])
 def test_other_ranks_and_restarted_ones_are_spared(monkeypatch: pytest.MonkeyPatch, text: str, restarts: str) -> None:
     armed(monkeypatch, text, restarts)
+    acted = acts(monkeypatch)
     reach("step_begin", step=1)
+    assert not acted
 
 
 def test_files_of_a_checkpoint_are_numbered_within_their_step(monkeypatch: pytest.MonkeyPatch) -> None:

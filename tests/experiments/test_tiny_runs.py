@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from prlhf.config import load_config
 from prlhf.data.load import load_preference_data, load_response_rows
@@ -19,7 +18,7 @@ from prlhf.data.prepared import write_prepared
 from prlhf.data.records import PreferenceRow, record_from_row
 from prlhf.engine.trainer import train
 from prlhf.models.backbone import builtin_model_dir
-from tests.tiny_run import Tiny, write_jsonl
+from tests.tiny_run import Tiny, write_jsonl, write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENTS = sorted(ROOT.glob("experiments/*.yaml"))
@@ -30,24 +29,8 @@ READ = {"on_bad_row": "error", "eval_prompts": 0.1}
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two random layers behind the built-in model's tokenizer and chat template."""
-    directory = tmp_path_factory.mktemp("small") / "model"
     tokenizer = AutoTokenizer.from_pretrained(builtin_model_dir())
-    tokenizer.save_pretrained(directory)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return write_model(tmp_path_factory.mktemp("small") / "model", tokenizer=tokenizer, max_positions=1024)
 
 
 def few(rows: list[PreferenceRow], users: list[str], count: int) -> list[PreferenceRow]:
