@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts
 from prlhf.models.user_rows import STORE, read_rows_, stored_table
 from prlhf.usermodel import (
     ClusterUserModel,
+    EncoderUserModel,
     HistoryUserModel,
     IndividualUserModel,
     LowRankUserModel,
@@ -44,6 +46,7 @@ CONTEXTS = "contexts.json"
 STATE = "state.json"
 
 REWARD_METHODS = ("rm", "prm")
+WHITENING_BATCHES = 16  # of known users, 64 each
 HEAD_KEY = "score.weight"  # as in transformers' sequence classifiers
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PersonalizedModel)
@@ -140,7 +143,7 @@ def _make_user_encoder(spec: PolicySpec, *, num_users: int, dim: int) -> UserMod
 
 @torch.no_grad()
 def init_user_encoder_(policy: PersonalizedModel, spec: PolicySpec, probes: Sequence[Sequence[int]]) -> None:
-    """Starting soft prompts; of several draws the mildest are kept.
+    """Starting soft prompts, of several draws the mildest; and an encoder's first layer, from known users' contexts.
 
     A soft prompt moves the policy at step 0, by nats a response in a bad draw, and preference losses never repair that.
 
@@ -167,6 +170,9 @@ def init_user_encoder_(policy: PersonalizedModel, spec: PolicySpec, probes: Sequ
         disturbance = torch.stack([_disturbance(policy, candidates, probe) for probe in probes]).mean(dim=0)
     mildest = candidates[disturbance.argsort(stable=True)[:count].sort().values]
     policy.user_encoder.init_(mildest if count > 1 else mildest[0])
+    if isinstance(policy.user_encoder, EncoderUserModel):
+        known = itertools.islice(policy.known_contexts(), WHITENING_BATCHES)
+        policy.user_encoder.whiten_(policy.embed_context(context) for _, context in known if context is not None)
 
 
 def _disturbance(policy: PersonalizedModel, candidates: Tensor, probe: Sequence[int]) -> Tensor:

@@ -133,12 +133,7 @@ class PersonalizedModel(nn.Module, ABC):
         """Soft prompts (B, T, D) of users; arguments as for `input_embeds`."""
         if self.user_encoder is None:
             raise ValueError("user_ids were given, but this model has no user encoder; pass user_ids=None")
-        if context is None:
-            return self.user_encoder(user_ids)
-        # Read, not trained: the backbone's embeddings learn from the text that the model itself reads.
-        with torch.no_grad():
-            embedded = UserContext(input_embedding(self.backbone)(context.input_ids), context.lengths)
-        return self.user_encoder(user_ids, embedded)
+        return self.user_encoder(user_ids, None if context is None else self.embed_context(context))
 
     @torch.no_grad()
     def known_prompts(self, *, batch_users: int = 64) -> Tensor:
@@ -148,17 +143,26 @@ class PersonalizedModel(nn.Module, ABC):
 
         Raises: ValueError: a model without users.
         """
-        known = () if self.users is None else self.users.user_ids
         parts = [self.user_prompts(torch.tensor([GENERIC_USER_ID], device=self.device), None)]
+        for user_ids, context in self.known_contexts(batch_users=batch_users):
+            parts.append(self.user_prompts(user_ids, context))
+        return torch.cat(parts)
+
+    def known_contexts(self, *, batch_users: int = 64) -> Iterator[tuple[Tensor, ContextBatch | None]]:
+        """Batches of known users, ids (B,) and what an encoder keeps of them; None for other user models."""
+        known = () if self.users is None else self.users.user_ids
         for start in range(0, len(known), batch_users):
             members = known[start : start + batch_users]
-            user_ids = torch.arange(start + 1, start + 1 + len(members), device=self.device)
             context = None
             if self.contexts is not None:
                 contexts = [self.contexts.of_user(user_id, "") for user_id in members]
                 context = collate_contexts(contexts, pad_token_id(self.tokenizer)).to(self.device)
-            parts.append(self.user_prompts(user_ids, context))
-        return torch.cat(parts)
+            yield torch.arange(start + 1, start + 1 + len(members), device=self.device), context
+
+    @torch.no_grad()
+    def embed_context(self, context: ContextBatch) -> UserContext:
+        """What an encoder reads: read, not trained, since the embeddings learn from the text that the model reads."""
+        return UserContext(input_embedding(self.backbone)(context.input_ids), context.lengths)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that training moves, by name."""

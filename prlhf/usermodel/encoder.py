@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +12,24 @@ from torch.nn import functional as F
 
 from prlhf.usermodel.base import UserContext, UserModel, check_initial, check_sizes
 
+SMALLEST_DEVIATION = 1e-3  # of the largest: below it users do not differ
+
 
 class EncoderUserModel(UserModel):
     """e_0 + g(context): the ids say nothing, so users never seen are served like known ones.
 
-    A row without a context, or with an empty one, is the generic user: g has no bias, and g(nothing) is exactly 0.
+    g_t = tanh(W f_t + b_t) H_t, with f the features of a context. A row without a context, or with an empty one, is the
+    generic user: g(nothing) is exactly 0.
 
-    Parameters: `generic` (T, D) is e_0; `encoder.*` are g's, those of the last layer, `encoder.heads` (T, H, D), zero
-    at the start.
+    Parameters: `generic` (T, D) is e_0; `encoder.layer` (H, F) W; `encoder.heads` (T, H, D), zero at the start; others
+    by kind.
 
     Args:
         hidden_dim: width H of g.
         seed: of g's first layers.
     """
+
+    centered: bool  # whether features are seen from the known users' mean, by a bias `encoder.bias` (T, H)
 
     def __init__(
         self, *, num_users: int, num_user_tokens: int, dim: int, hidden_dim: int = 64, seed: int = 0
@@ -38,11 +44,11 @@ class EncoderUserModel(UserModel):
 
     @abstractmethod
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
-        """Name -> (outputs, inputs) of each layer of g but the last."""
+        """Name -> (outputs, inputs) of each parameter of g but the heads."""
 
     @abstractmethod
-    def hidden(self, tokens: Tensor, context: UserContext) -> Tensor:
-        """What the last layer takes: (B, T, H), or (B, 1, H) for all soft tokens alike; 0 for rows without a context.
+    def features(self, tokens: Tensor, context: UserContext) -> Tensor:
+        """f of each row's context: (B, T, F), or (B, 1, F) for all soft tokens alike; 0 for rows without a context.
 
         Args:
             tokens: (B, S, L, D) embeddings whose entries have a mean square of 1.
@@ -54,10 +60,16 @@ class EncoderUserModel(UserModel):
 
     def read(self, context: UserContext) -> Tensor:
         """g of each row's context, (B, T, D)."""
-        # Families differ in the size of their embeddings by a factor of fifty.
-        tokens = F.normalize(context.embeds.to(self.generic.dtype), dim=-1) * math.sqrt(self.dim)
-        hidden = self.hidden(tokens, context).expand(-1, self.num_user_tokens, -1)
+        hidden = F.linear(self.features(self._tokens(context), context), self.encoder["layer"])
+        if self.centered:
+            hidden = hidden + self.encoder["bias"]
+        is_known = (context.lengths > 0).any(dim=1)[:, None, None]
+        hidden = (torch.tanh(hidden) * is_known).expand(-1, self.num_user_tokens, -1)
         return torch.einsum("bth,thd->btd", hidden, self.encoder["heads"])
+
+    def _tokens(self, context: UserContext) -> Tensor:
+        # Families differ in the size of their embeddings by a factor of fifty.
+        return F.normalize(context.embeds.to(self.generic.dtype), dim=-1) * math.sqrt(self.dim)
 
     @torch.no_grad()
     def init_(self, initial: Tensor) -> None:
@@ -71,3 +83,32 @@ class EncoderUserModel(UserModel):
         generator = torch.Generator().manual_seed(self.seed)
         for name, shape in self.layer_shapes().items():
             self.encoder[name].copy_(torch.randn(shape, generator=generator) / math.sqrt(shape[1]))
+        if self.centered:
+            self.encoder["bias"].zero_()
+
+    @torch.no_grad()
+    def whiten_(self, contexts: Iterable[UserContext]) -> None:
+        """Start W and b where what g reads of known users has mean 0 (if centered), variance 1 and no correlations.
+
+        People's texts are far more alike than different: what tells them apart would be learned last, under the noise
+        of what they share. Directions in which users hardly differ stay as they were drawn.
+
+        Args:
+            contexts: of users, at least one in all; those without a context are left out.
+        """
+        parts = [self.features(self._tokens(c), c)[(c.lengths > 0).any(dim=1)] for c in contexts]
+        features = torch.cat(parts)  # (N, T or 1, F)
+        if len(features) < 2:
+            return
+        mean = features.mean(dim=0) if self.centered else torch.zeros_like(features[0])
+        samples = (features - mean).flatten(0, 1)
+        most = min(self.hidden_dim, *samples.shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            _, sizes, directions = torch.svd_lowrank(samples, q=most, niter=4)
+        deviations = sizes / math.sqrt(len(samples))
+        kept = deviations > SMALLEST_DEVIATION * deviations[0]
+        layer = self.encoder["layer"]
+        layer[:most][kept] = (directions / deviations).T[kept].to(layer.dtype)
+        if self.centered:
+            self.encoder["bias"].copy_(-F.linear(mean, layer))

@@ -11,12 +11,12 @@ from prlhf.usermodel.encoder import EncoderUserModel
 
 
 class HistoryUserModel(EncoderUserModel):
-    """g(pairs): each pair casts a vote, what sets its chosen response apart from the rejected one; g reads their mean.
+    """g(pairs): each pair casts a vote, what sets its chosen response apart from the rejected one; g reads their sum.
 
-    f(response) = [mean over its tokens of gelu(A x_l), log of its length]
-    vote_k = tanh(P (f(chosen_k) - f(rejected_k))),   g_t = gelu(W sum_k vote_k / (K + 1)) H_t
-    with x_l the normalized embedding of token l. A swapped label is the opposite vote, the order of the pairs means
-    nothing, and few pairs stay nearer to the generic user than many.
+    r(response) = [mean over its tokens of gelu(A x_l), log of its length]
+    vote_k = tanh(P (r(chosen_k) - r(rejected_k))),   f = sum_k vote_k / (K + 1)
+    with x_l the normalized embedding of token l. A swapped label is the opposite vote, swapped labels of all pairs are
+    the opposite user, the order of the pairs means nothing, and few pairs stay nearer to the generic user than many.
 
     Parameters: `encoder.tokens` (H, D) A; `encoder.votes` (H, H + 1) P; `encoder.layer` (H, H) W; `encoder.heads`
     (T, H, D).
@@ -24,12 +24,14 @@ class HistoryUserModel(EncoderUserModel):
     latent distribution.
     """
 
+    centered = False  # what one taste votes for the other votes against
+
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         """One layer for tokens, one for pairs, one for the user."""
         width = self.hidden_dim
         return {"tokens": (width, self.dim), "votes": (width, width + 1), "layer": (width, width)}
 
-    def hidden(self, tokens: Tensor, context: UserContext) -> Tensor:
+    def features(self, tokens: Tensor, context: UserContext) -> Tensor:
         """(B, 1, H) of the tokens (B, 2K, L, D) of K pairs a row."""
         counts = context.lengths.clamp(min=1)[:, :, None]
         features = F.gelu(F.linear(tokens, self.encoder["tokens"])) * context.mask[..., None]
@@ -37,5 +39,4 @@ class HistoryUserModel(EncoderUserModel):
         chosen, rejected = responses[:, 0::2], responses[:, 1::2]
         present = (context.lengths > 0).unflatten(1, (-1, 2)).all(dim=2)[:, :, None]
         votes = torch.tanh(F.linear(chosen - rejected, self.encoder["votes"])) * present
-        mean = votes.sum(dim=1, keepdim=True) / (present.sum(dim=1, keepdim=True) + 1)
-        return F.gelu(F.linear(mean, self.encoder["layer"]))
+        return votes.sum(dim=1, keepdim=True) / (present.sum(dim=1, keepdim=True) + 1)

@@ -102,7 +102,8 @@ def test_a_text_is_pooled_by_a_query_for_each_soft_token():
     for t in range(T):
         weights = [math.exp((parameters["queries"][t] @ x).item()) for x in tokens]
         pooled = sum(weight * x for weight, x in zip(weights, tokens, strict=True)) / sum(weights)
-        expected = model.generic[t] + F.gelu(parameters["layer"] @ pooled) @ parameters["heads"][t]
+        hidden = torch.tanh(parameters["layer"] @ pooled + parameters["bias"][t])
+        expected = model.generic[t] + hidden @ parameters["heads"][t]
         torch.testing.assert_close(model(torch.tensor([1]), context)[0, t], expected)
 
 
@@ -118,7 +119,7 @@ def test_a_history_is_the_mean_vote_of_its_pairs():
         return torch.cat([mean, torch.tensor([math.log(length)], dtype=torch.float64)])
 
     votes = [torch.tanh(parameters["votes"] @ (response(i) - response(i + 1))) for i in (0, 2)]
-    hidden = F.gelu(parameters["layer"] @ (votes[0] + votes[1]) / 3)
+    hidden = torch.tanh(parameters["layer"] @ (votes[0] + votes[1]) / 3)
     for t in range(T):
         expected = model.generic[t] + hidden @ parameters["heads"][t]
         torch.testing.assert_close(model(torch.tensor([1]), context)[0, t], expected)
@@ -134,6 +135,45 @@ def test_the_order_of_the_pairs_means_nothing_and_that_within_a_pair_does():
     # 1e-6: a sum in another order.
     assert (ordered([4, 5, 0, 1, 2, 3]) - ordered([0, 1, 2, 3, 4, 5])).abs().max() < 1e-6
     assert (ordered([1, 0, 3, 2, 5, 4]) - ordered([0, 1, 2, 3, 4, 5])).abs().max() > 1e-2
+
+
+def test_with_all_labels_swapped_a_history_is_the_opposite_user():
+    model, context = _model("history"), _context([[3, 6, 2, 1]])
+    swapped = UserContext(context.embeds[:, [1, 0, 3, 2]], context.lengths[:, [1, 0, 3, 2]])
+    torch.testing.assert_close(model.read(swapped), -model.read(context), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_of_known_users_starts_white(kind):
+    """200 users in two batches, whose texts share far more than what tells them apart."""
+    model = KINDS[kind](num_users=2, num_user_tokens=T, dim=D, hidden_dim=3, seed=3).double()
+    model.init_(torch.zeros(T, D, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(4)
+    shape = (200, len(CONTEXTS[kind][0]), 6, D)
+    embeds = torch.randn(shape, generator=generator, dtype=torch.float64) + 3 * torch.arange(1.0, 1 + D).double()
+    lengths = torch.randint(1, 7, shape[:2], generator=generator)
+    model.whiten_(UserContext(embeds[rows], lengths[rows]) for rows in (slice(0, 64), slice(64, 200)))
+    context = UserContext(embeds, lengths)
+    hidden = model.features(model._tokens(context), context) @ model.encoder["layer"].T
+    if kind == "text":
+        hidden = hidden + model.encoder["bias"]
+        assert hidden.mean(dim=0).abs().max() < 1e-10
+    samples = hidden.detach().flatten(0, 1)
+    torch.testing.assert_close(samples.T @ samples / len(samples), torch.eye(3).double(), rtol=0, atol=1e-4)
+
+
+def test_whitening_leaves_out_who_says_nothing_and_directions_in_which_nobody_differs():
+    model = TextUserModel(num_users=2, num_user_tokens=T, dim=D, hidden_dim=H, seed=3)
+    model.init_(torch.zeros(T, D))
+    drawn = model.encoder["layer"].detach().clone()
+    model.whiten_([UserContext(torch.ones(2, 1, 3, D), torch.tensor([[3], [0]]))])
+    assert torch.equal(model.encoder["layer"], drawn), "one text tells nothing apart"
+    two = torch.ones(3, 1, 1, D)
+    two[0] = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    model.whiten_([UserContext(two, torch.tensor([[1], [1], [0]]))])
+    layer = model.encoder["layer"]
+    assert torch.isfinite(layer).all() and torch.equal(layer[1:], drawn[1:])
+    assert not torch.equal(layer[0], drawn[0])
 
 
 def test_draws_of_the_layers_depend_on_the_seed_alone():

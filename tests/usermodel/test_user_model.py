@@ -49,7 +49,8 @@ LAYOUTS = {
     "cluster": {"basis": (K, T, D), "weights": (U + 1, K)},
     "low_rank": {"generic": (T, D), "basis": (R, T, D), "weights": (U, R)},
     "text": {
-        "generic": (T, D), "encoder.queries": (T, D), "encoder.layer": (H, D), "encoder.heads": (T, H, D),
+        "generic": (T, D), "encoder.queries": (T, D), "encoder.layer": (H, D), "encoder.bias": (T, H),
+        "encoder.heads": (T, H, D),
     },
     "history": {
         "generic": (T, D), "encoder.tokens": (H, D), "encoder.votes": (H, H + 1), "encoder.layer": (H, H),
