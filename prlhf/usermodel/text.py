@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from prlhf.usermodel.base import UserContext
@@ -12,27 +11,22 @@ NEVER = -1e9  # finite: a softmax over nothing but minus infinity is not a numbe
 
 
 class TextUserModel(EncoderUserModel):
-    """g(u^t): each soft token has a query of its own that attends to the tokens of the user's text.
+    """g(u^t): a query attends to the tokens of the user's text.
 
-    f_t = sum_l softmax_l(q_t x_l) x_l, with x_l the normalized embedding of token l.
+    f = sum_l softmax_l(q x_l) x_l, with x_l the normalized embedding of token l; at the start their mean, nearly.
 
-    Parameters: `encoder.queries` (T, D) q; `encoder.layer` (H, D) W; `encoder.bias` (T, H) b; `encoder.heads`
-    (T, H, D).
+    Parameters: `encoder.query` (1, D) q; `encoder.layer` (H, D) W; `encoder.bias` (H,) b; `encoder.codes` (R, H).
     """
 
     centered = True
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
-        """Queries and one layer."""
-        return {
-            "queries": (self.num_user_tokens, self.dim),
-            "layer": (self.hidden_dim, self.dim),
-            "bias": (self.num_user_tokens, self.hidden_dim),
-        }
+        """The query and one layer."""
+        return {"query": (1, self.dim), "layer": (self.hidden_dim, self.dim)}
 
     def features(self, tokens: Tensor, context: UserContext) -> Tensor:
-        """(B, T, D) of the tokens (B, 1, L, D) of one text a row."""
-        mask = context.mask[:, :1]
-        scores = torch.einsum("bld,td->btl", tokens[:, 0], self.encoder["queries"])
+        """(B, D) of the tokens (B, 1, L, D) of one text a row."""
+        mask = context.mask[:, 0]
+        scores = tokens[:, 0] @ self.encoder["query"][0]
         shares = scores.masked_fill(~mask, NEVER).softmax(dim=-1) * mask
-        return shares @ tokens[:, 0]
+        return (shares[:, None] @ tokens[:, 0])[:, 0]
