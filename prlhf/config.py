@@ -115,6 +115,7 @@ class TrainConfig:
     (cluster, low_rank), `encoder_lr` that of what reads a user (text, history). `max_steps: null` trains `epochs`
     epochs; the run stops after `max_skipped_steps` skipped steps in a row. A step is skipped when its loss or
     gradient is not finite, or its mean loss is above `skip_loss_above` times the usual one of late (null: no limit).
+    Under `parallel: ddp` every rank holds the whole model; `fsdp` splits backbone, gradients and moments over ranks.
     """
 
     epochs: int = 1
@@ -133,7 +134,7 @@ class TrainConfig:
     max_skipped_steps: int = 10
     skip_loss_above: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
-    parallel: Literal["ddp"] = "ddp"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = None
     log_every: int = 10

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "prlhf"
 LAYERS = [
     {"errors"},
-    {"distributed", "files", "schema", "yaml_strict"},
+    {"distributed", "files", "schema", "sharding", "yaml_strict"},
     {"losses", "usermodel", "data"},
     {"models"},
     {"generation"},

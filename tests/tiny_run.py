@@ -21,6 +21,7 @@ from prlhf.config import Config, config_from_dict
 from prlhf.data.world.tokenizer import train_tokenizer
 from prlhf.engine import trainer
 from prlhf.engine.build import Job, build_job
+from prlhf.sharding import shard_like
 
 THINGS = ["tea", "rain", "a long road", "chess", "the moon at night", "bread", "old maps", "a clock", "bees"]
 EVAL_THINGS = ["snow", "a very old ship", "ink"]
@@ -145,7 +146,7 @@ def perturb_(job: Job) -> Job:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in job.model.trainable().values():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(shard_like(0.05 * torch.randn(parameter.shape, generator=generator), parameter))
     return job
 
 

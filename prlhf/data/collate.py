@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class _PaddedRows:
         prompt_keys: (B,) equal numbers for equal prompts.
         response_keys: (N,) equal numbers for equal responses.
         context: what an encoder reads about the users of the B rows; None for other user models.
+        is_idle: another rank's rows, read along because ranks gather sharded weights together; they count for nothing.
     """
 
     input_ids: Tensor
@@ -42,6 +43,7 @@ class _PaddedRows:
     prompt_keys: tuple[int, ...]
     response_keys: tuple[int, ...]
     context: ContextBatch | None = field(default=None, kw_only=True)
+    is_idle: bool = field(default=False, kw_only=True)
 
     @property
     def num_unscored(self) -> int:
@@ -182,7 +184,7 @@ def _collate(
     sequence_rows: tuple[int, ...],
     pad_id: int,
     contexts: Sequence[Context] | None,
-    **further: Tensor,
+    **further: Any,
 ) -> Rows:
     input_ids, labels = _pad(sequences, pad_id)
     return kind(

@@ -28,6 +28,7 @@ from prlhf.data.tokenize import (
     tokenize_responses,
 )
 from prlhf.distributed import rank, world_size
+from prlhf.engine.fsdp import shard_
 from prlhf.engine.objective import Objective
 from prlhf.engine.optim import RowLazyAdamW, make_optimizer
 from prlhf.engine.shrinkage import ShrunkObjective
@@ -207,6 +208,8 @@ def build_job(config: Config) -> Job:
         init_user_encoder_(model, spec, [row.prompt_ids + row.responses[0] for row in tokenized.rows[:NUM_PROBES]])
     _prepare_for_training_(model, config, spec)
     train = config.train
+    if train.parallel == "fsdp":
+        shard_(model, precision=train.precision, max_tokens=config.data.max_tokens)
     sampler = make_sampler(config, tokenized.rows)
     return Job(
         config=config,

@@ -41,6 +41,7 @@ from prlhf.models.assemble import (
 )
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.user_rows import STORE, empty_moments, read_moments, stored_table, write_rows
+from prlhf.sharding import gather_on_main, shard_like
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,9 @@ def save_checkpoint(
     problem: Exception | None = None
     flushed: dict[str, tuple[int, str]] = {}
     needed = _num_bytes(model, optimizer)
+    # Before anything is written: a rank whose disk fails must not leave the others waiting for its parts.
+    trained = gather_on_main(trained_tensors(model, lora=identity.spec.lora_rank is not None))
+    moments = gather_on_main(_optimizer_tensors(model, optimizer))
     try:
         if is_main():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -114,7 +118,7 @@ def save_checkpoint(
             {"torch": torch.get_rng_state(), **_device_rng(model.device)}, temporary / f"rng-{rank()}.safetensors"
         )
         if is_main():
-            _write_shared_files(temporary, model, optimizer, progress, identity)
+            _write_shared_files(temporary, model, trained, moments, progress, identity)
             flushed = _write_user_store(temporary, model, optimizer)
     except (*DISK_PROBLEMS, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         problem = error
@@ -140,17 +144,18 @@ def save_checkpoint(
 def _write_shared_files(
     directory: Path,
     model: PersonalizedModel,
-    optimizer: RowLazyAdamW,
+    trained: dict[str, Tensor],
+    moments: dict[str, Tensor],
     progress: Progress,
     identity: RunIdentity,
 ) -> None:
-    _save(trained_tensors(model, lora=identity.spec.lora_rank is not None), directory / TRAINABLE)
+    _save(trained, directory / TRAINABLE)
     if model.user_encoder is not None:
         shared = dict(model.user_encoder.named_parameters())
         if (stored := stored_table(model.user_encoder)) is not None:
             del shared[stored[0]]
         _save(shared, directory / USERS)
-    _save(_optimizer_tensors(model, optimizer), directory / OPTIMIZER)
+    _save(moments, directory / OPTIMIZER)
     users = [] if model.users is None else list(model.users.user_ids)
     reach("checkpoint_file")
     write_json_atomic(directory / USER_IDS, {"user_ids": users})
@@ -299,7 +304,7 @@ def _load_optimizer_(
         name, _, slot = key.rpartition(".")
         if name not in parameters:
             raise CheckpointError(f"{directory / OPTIMIZER}: {name}: unexpected; the model has no such trained tensor")
-        optimizer.state[parameters[name]][slot] = value.to(parameters[name].device)
+        optimizer.state[parameters[name]][slot] = shard_like(value, parameters[name])
 
 
 def _best_of(directories: list[Path], run_dir: Path) -> Path | None:

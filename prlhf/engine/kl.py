@@ -39,6 +39,8 @@ def estimate_kl(
         assert reference is not None
         with autocast():
             terms = policy.term_values(batch.mismatched, objective.read_as(batch))
+        if batch.is_idle:
+            continue
         for i, (logps, _) in enumerate(terms):
             sums[i] += (logps - reference.rejected).sum()
     return (all_reduce_sum(sums) / num_global_rows).clamp(min=0)

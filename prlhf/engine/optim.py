@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf.distributed import all_gather_rows, all_reduce_sum, world_size
+from prlhf.sharding import is_sharded, local_part
 from prlhf.usermodel.row_table import RowTable, lazy_zeros
 
 BUCKET_ELEMENTS = 16 * 2**20
@@ -84,13 +85,19 @@ def make_optimizer(
     encoder_lr: float,
     weight_decay: float,
 ) -> RowLazyAdamW:
-    """Fused AdamW in groups: the model, what users share, their own soft prompts, their weights of shared ones, an
-    encoder.
+    """Fused AdamW in groups: the backbone, a reward model's head (a fused step takes no sharded tensors and whole ones
+    together), what users share, their own soft prompts, their weights of shared ones, an encoder.
 
-    Weight decay applies to model and encoder; it would pull soft prompts towards zero, which is not the generic user.
+    Weight decay applies to model, head and encoder; it would pull soft prompts towards zero, which is not the generic
+    user.
     """
     rates = {
-        "model": lr, "users": user_lr, "user_rows": user_lr, "cluster_weights": cluster_lr, "encoder": encoder_lr
+        "model": lr,
+        "head": lr,
+        "users": user_lr,
+        "user_rows": user_lr,
+        "cluster_weights": cluster_lr,
+        "encoder": encoder_lr,
     }
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
     for name, parameter in parameters.items():
@@ -102,7 +109,7 @@ def make_optimizer(
                 "name": name,
                 "lr": rates[name],
                 "base_lr": rates[name],
-                "weight_decay": weight_decay if name in ("model", "encoder") else 0.0,
+                "weight_decay": weight_decay if name in ("model", "head", "encoder") else 0.0,
                 "by_row": name in ("user_rows", "cluster_weights"),
             }
             for name, members in groups.items()
@@ -113,6 +120,8 @@ def make_optimizer(
 
 
 def _group_of(name: str) -> str:
+    if name == "score.weight":
+        return "head"
     if name == "user_encoder.weights":
         return "cluster_weights"
     if name in ROW_TABLES:
@@ -148,7 +157,7 @@ def all_reduce_gradients_(parameters: Iterable[nn.Parameter]) -> None:
         if isinstance(parameter, RowTable):
             _all_reduce_rows_(parameter)
             continue
-        if world_size() == 1:
+        if world_size() == 1 or is_sharded(parameter):  # backward has summed what is sharded
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -182,13 +191,24 @@ def _all_reduce_bucket_(gradients: list[Tensor]) -> None:
 
 def clip_gradients_(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients in place to a global L2 norm of at most `max_norm`; returns the norm before, a scalar tensor."""
-    return nn.utils.clip_grad_norm_([_dense(parameter) for parameter in parameters], max_norm, error_if_nonfinite=False)
+    dense = [_dense(parameter) for parameter in parameters]
+    if not any(map(is_sharded, parameters)):
+        return nn.utils.clip_grad_norm_(dense, max_norm, error_if_nonfinite=False)
+    gradients: dict[bool, list[Tensor]] = {True: [], False: []}
+    for parameter, part in zip(parameters, dense, strict=True):
+        if part.grad is not None:
+            gradients[is_sharded(parameter)].append(part.grad)
+    ours, everybodys = (nn.utils.get_total_norm(gradients[sharded]).float().square() for sharded in (True, False))
+    norm = (all_reduce_sum(ours) + everybodys.to(ours.device)).sqrt()
+    nn.utils.clip_grads_with_norm_(dense, max_norm, norm)
+    return norm
 
 
 def _dense(parameter: nn.Parameter) -> Tensor:
-    """The parameter, or in place of a large table one whose gradient is the rows that the table's holds."""
-    if parameter.grad is None or not parameter.grad.is_sparse:
+    """The parameter, or in place of a large table or a sharded one a tensor whose gradient is what this rank holds."""
+    if parameter.grad is None or not (parameter.grad.is_sparse or is_sharded(parameter)):
         return parameter
-    rows = torch.empty_like(parameter.grad.values())
-    rows.grad = parameter.grad.values()
-    return rows
+    own = parameter.grad.values() if parameter.grad.is_sparse else local_part(parameter.grad)
+    part = torch.empty_like(own)
+    part.grad = own
+    return part

@@ -59,7 +59,10 @@ def accumulate_gradients_(
     for batch in batches:
         with autocast():
             row_losses = objective(model, batch, reference_of(batch), kl)
-        (row_losses.losses.sum() / num_global_rows).backward()
+        loss = row_losses.losses.sum() / num_global_rows
+        (0 * loss if batch.is_idle else loss).backward()
+        if batch.is_idle:
+            continue
         for name, value in row_losses.sums.items():
             result.sums[name] = result.sums[name] + value if name in result.sums else value
         result.num_rows += batch.num_rows

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +34,7 @@ from prlhf.engine.checkpoint import (
 )
 from prlhf.engine.faults import reach
 from prlhf.engine.final import evaluate_run, evaluate_step
+from prlhf.engine.fsdp import whole_weights
 from prlhf.engine.metrics import StepMetrics
 from prlhf.engine.optim import set_learning_rate_, warmup_cosine
 from prlhf.engine.reference import LiveReference, ReferenceCache, compute_reference_table, no_reference
@@ -43,6 +45,7 @@ from prlhf.engine.tombstones import refuse_forgotten
 from prlhf.errors import Preempted, PrlhfError, RankError, RunDirError
 from prlhf.evaluation.report import load_final
 from prlhf.models.lora import scale_adapters_
+from prlhf.sharding import is_sharded, local_part
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +54,7 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint",
     "train.microbatch_tokens",
     "train.packing",
+    "train.parallel",
     "train.log_every",
     "train.num_threads",
     "train.epochs",
@@ -96,7 +100,8 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
         _loop(job, progress, lock, reference_of, stop)
         lock.set_status("evaluating", step=progress.step)
         beat(patience_s=math.inf)  # a full fine-tune loads the starting weights again
-        final = evaluate_run(job, progress, run_dir, setup_s=setup_s, on_batch=stop.check_at("eval", progress.step))
+        with whole_weights(job.model):
+            final = evaluate_run(job, progress, run_dir, setup_s=setup_s, on_batch=stop.check_at("eval", progress.step))
         lock.set_status("finished", step=progress.step)
         return final
 
@@ -139,7 +144,8 @@ def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[
         if stopping:
             raise Preempted(f"stopped by a signal at step {progress.step}; saved, the same command goes on from there")
         if _is_due(progress.step, config.eval.every_steps) and not last:
-            evaluate_step(job, progress, run_dir.path, on_batch=stop.check_at("eval", progress.step))
+            with whole_weights(job.model):
+                evaluate_step(job, progress, run_dir.path, on_batch=stop.check_at("eval", progress.step))
     bar.close()
 
 
@@ -148,7 +154,8 @@ def save_job(job: Job, progress: Progress, run_dir: Path) -> None:
 
     Raises: PrlhfError: there is nothing worth keeping.
     """
-    broken = [name for name, tensor in job.model.trainable().items() if not bool(torch.isfinite(tensor).all())]
+    parts = {name: local_part(tensor) for name, tensor in job.model.trainable().items()}
+    broken = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
     if all_reduce_any(bool(broken)):
         raise PrlhfError(
             f"train: {', '.join(broken[:3]) or 'weights'} not finite after step {progress.step}; lower train.lr or "
@@ -173,12 +180,16 @@ def batches_of_step(job: Job, step: int) -> tuple[list[Batch], int]:
     """This rank's micro-batches of a global step, and the global number of rows."""
     config = job.config
     indices = job.sampler.rows_of_step(step)
-    mine = shard(indices, rank(), world_size())
-    cuts = _cut(job, mine)
+    cuts = _cut(job, shard(indices, rank(), world_size()))
+    num_own = len(cuts)
+    if config.train.parallel == "fsdp":  # ranks gather weights together, so all make as many passes
+        most = max(len(_cut(job, shard(indices, other, world_size()))) for other in range(world_size()))
+        cuts += (most - num_own) * [indices[:1]]
     collate: Any = collate_labelled if job.objective.is_unpaired else collate_pairs
     if config.method == "sft":
         collate = collate_responses
     batches = [collate([job.rows[i] for i in cut], job.pad_id, contexts_of(job, cut, step)) for cut in cuts]
+    batches = [batch if i < num_own else replace(batch, is_idle=True) for i, batch in enumerate(batches)]
     return [batch.to(job.model.device) for batch in batches], len(indices)
 
 
@@ -232,24 +243,28 @@ def _make_reference(job: Job, cache: Path, stop: StopFlag) -> Callable[[Batch], 
         return LiveReference(job.reference)
     needed = job.sampler.rows_of_first_steps(job.max_steps)
     microbatch_tokens = job.config.train.microbatch_tokens
+    precision: str = job.config.train.precision
+    if any(map(is_sharded, job.model.parameters())):  # bf16 weights, where there are fp32 ones under autocast
+        precision += " fsdp"
     identity = {
         "weights": job.model.base_sha256,
         "dtype": job.config.model.dtype,
-        "precision": job.config.train.precision,
+        "precision": precision,
         "packed": job.model.packing is not None,
         "microbatch_tokens": microbatch_tokens,
         "device": job.model.device.type,
         "torch": torch.__version__,
     }
-    return compute_reference_table(
-        job.reference,
-        cast(Sequence[TokenizedPair | TokenizedLabelled], [row for i, row in enumerate(job.rows) if i in needed]),
-        pad_id=job.pad_id,
-        microbatch_tokens=microbatch_tokens,
-        autocast=job.autocast,
-        cache=ReferenceCache(cache, identity),
-        on_batch=stop.check_at("reference", 0),
-    )
+    with whole_weights(job.model):
+        return compute_reference_table(
+            job.reference,
+            cast(Sequence[TokenizedPair | TokenizedLabelled], [row for i, row in enumerate(job.rows) if i in needed]),
+            pad_id=job.pad_id,
+            microbatch_tokens=microbatch_tokens,
+            autocast=job.autocast,
+            cache=ReferenceCache(cache, identity),
+            on_batch=stop.check_at("reference", 0),
+        )
 
 
 def _starting_checkpoint(config: Config, run_dir: Path, resume: str) -> Path | None:

@@ -27,6 +27,7 @@ from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
 from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts
 from prlhf.models.user_rows import STORE, read_rows_, stored_table
+from prlhf.sharding import shard_like
 from prlhf.usermodel import (
     ClusterUserModel,
     EncoderUserModel,
@@ -224,7 +225,7 @@ def load_trained_(policy: PersonalizedModel, directory: Path, *, lora: bool) -> 
         raise CheckpointError(*wrong)
     for path, tensors in files.items():
         for name, tensor in tensors.items():
-            tensor.copy_(states[path][name])
+            tensor.copy_(shard_like(states[path][name], tensor))
     if stored is not None and policy.users is not None:
         zero_(stored[1])
         read_rows_(directory / STORE, stored[1].detach(), policy.users)

@@ -113,18 +113,18 @@ class Reference:
             frozen = PersonalizedPolicy(backbone, policy.tokenizer).eval()
             frozen.packing = policy.packing
             policy = frozen
-        self._policy = policy
+        self.policy = policy
 
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return self._policy.device
+        return self.policy.device
 
     @contextmanager
     def active(self) -> Iterator[PersonalizedPolicy]:
         """The policy whose weights are the reference's for as long as the context lasts; give it no user ids."""
-        with torch.no_grad(), adapters_disabled(self._policy.backbone):
-            yield self._policy
+        with torch.no_grad(), adapters_disabled(self.policy.backbone):
+            yield self.policy
 
     def sequence_logps(self, batch: PairBatch | ResponseBatch) -> tuple[Tensor, Tensor]:
         """As PersonalizedPolicy.sequence_logps without users and without gradient."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from prlhf.config import Config
 from prlhf.data.collate import collate_labelled, collate_pairs
@@ -59,7 +60,12 @@ def gradients_of(job: Job, batches: Sequence[Batch], num_global_rows: int) -> di
     )
     parameters = job.model.trainable()
     all_reduce_gradients_(parameters.values())
-    return {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+    return {name: whole(parameter.grad) for name, parameter in parameters.items() if parameter.grad is not None}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy, put together from all ranks' parts where it is sharded."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def gradients_of_step(config: Config, step: int) -> dict[str, Tensor]:
@@ -95,7 +101,7 @@ def parameters_after_sgd(config: Config) -> dict[str, Tensor]:
     parameters = job.model.trainable()
     result = step_of(job, FULL_STEP, torch.optim.SGD(parameters.values(), lr=SGD_RATE), max_grad_norm=0.05)
     assert result.grad_norm is not None and result.grad_norm > 0.05, "the clip must have something to do"
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return {name: whole(parameter) for name, parameter in parameters.items()}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ from tests.engine.cuts import (
     gradients_of_users_apart,
     parameters_after_sgd,
     step_of,
+    whole,
 )
 from tests.tiny_run import Tiny, at_step, perturb_, stop_signal
 
@@ -118,9 +119,9 @@ def inf_gradient_(job: Job) -> None:
     parameter.register_hook(lambda gradient: gradient + float("inf"))
 
 
-def skipped_step(tiny: Tiny, break_: Callable[[Job], None]) -> dict[str, Any]:
+def skipped_step(tiny: Tiny, break_: Callable[[Job], None], **settings: Any) -> dict[str, Any]:
     """A sound step, then one that is broken on rank 1 alone: state before and after it."""
-    job = perturb_(build_job(tiny.config()))
+    job = perturb_(build_job(tiny.config(**settings)))
     step_of(job, 0, job.optimizer, max_grad_norm=1.0)
     before = state_of(job)
     if rank() == 1:
@@ -133,9 +134,9 @@ def skipped_step(tiny: Tiny, break_: Callable[[Job], None]) -> dict[str, Any]:
 def state_of(job: Job) -> dict[str, Tensor]:
     state = {}
     for name, parameter in job.model.trainable().items():
-        state[name] = parameter.detach().clone()
+        state[name] = whole(parameter)
         for slot, value in job.optimizer.state[parameter].items():
-            state[f"{name}.{slot}"] = value.clone()
+            state[f"{name}.{slot}"] = whole(value)
     return state
 
 
