@@ -42,11 +42,12 @@ from tests.tiny_run import Tiny, at_step, checkpoints, perturbed_job, read_metri
 
 FULL: dict[str, Any] = {"model__lora": None}
 SHARDED: dict[str, Any] = {"train__parallel": "fsdp"}
-SMALL: dict[str, Any] = {"train__microbatch_tokens": 250}  # several passes a step, and not as many on either rank
+SMALL: dict[str, Any] = {"train__microbatch_tokens": 250}  # several passes a step
+UNEVEN: dict[str, Any] = {"train__microbatch_tokens": 400}  # packed rows of pdpo: one pass on rank 0, two on rank 1
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora": ("pdpo_individual", {**SMALL, "model__lora__rank": 3}),
+    "lora": ("pdpo_individual", {**UNEVEN, "model__lora__rank": 3}),
     "lora_padded": ("pdpo_cluster", {**SMALL, "train__packing": False, "model__gradient_checkpointing": True}),
-    "full": ("pdpo_individual_full", SMALL),
+    "full": ("pdpo_individual_full", UNEVEN),
     "full_padded": ("pdpo_low_rank_full", {**SMALL, "train__packing": False}),
     "kto": ("kto", {**SMALL, "model__gradient_checkpointing": True}),
     "history": ("pdpo_history_full", SMALL),
@@ -78,7 +79,7 @@ def run_sharded(tiny: Tiny, folder: Path) -> None:
     save(folder, "nan_loss", skipped_step(tiny, nan_loss_, **FULL, **SHARDED))
     save(folder, "layout", layout_of(build_job(tiny.config(**SHARDED))))
     save(folder, "window", packs_beyond_a_window(tiny))
-    save(folder, "passes", passes_of_ragged_step(tiny))
+    save(folder, "passes", idle_passes(tiny))
     for name, settings in (("lora", {}), ("full", FULL)):
         rewrite_checkpoint(resumable(tiny, **settings, **SHARDED), folder / f"begun-{name}", folder / f"again-{name}")
     train(resumable(tiny, **FULL, **SHARDED), folder / "one_then_two")
@@ -110,10 +111,10 @@ def packs_beyond_a_window(tiny: Tiny) -> list[bool]:
     return packed
 
 
-def passes_of_ragged_step(tiny: Tiny) -> list[bool]:
-    """Of the micro-batches of a step with one row: whether each is idle."""
-    job = build_job(cut_config(tiny, "pdpo_individual", **SHARDED))
-    return [batch.is_idle for batch in batches_of_step(job, RAGGED_STEP)[0]]
+def idle_passes(tiny: Tiny) -> list[list[bool]]:
+    """Of the micro-batches of a full step and of one with a single row: whether each is idle."""
+    job = build_job(cut_config(tiny, "pdpo_individual", **UNEVEN, **SHARDED))
+    return [[batch.is_idle for batch in batches_of_step(job, step)[0]] for step in (FULL_STEP, RAGGED_STEP)]
 
 
 def rewrite_checkpoint(config: Config, source: Path, target: Path) -> None:
@@ -168,7 +169,7 @@ def test_backbone_is_split_and_users_are_whole(sharded: Path) -> None:
 
 
 def test_ranks_make_as_many_passes(sharded: Path) -> None:
-    assert read(sharded, "passes") == [[True], [False]]
+    assert read(sharded, "passes") == [[[False, True], [True]], [[False, False], [False]]]
 
 
 def test_rows_are_padded_where_some_exceed_a_window(sharded: Path) -> None:
