@@ -7,14 +7,20 @@ class PrlhfError(ValueError):
     """A user's mistake, or a state of the disk; printed without a traceback.
 
     Args:
-        *messages: one line each, all that were found, not only the first.
+        *messages: one line each, all that were found, not only the first. What cannot be printed is shown by its code:
+            a key, a name or a path may hold what moves a terminal's cursor or turns the direction of its text.
     """
 
     exit_code = 2
 
     def __init__(self, *messages: str) -> None:
-        self.messages = [" ".join(message.split("\n")) for message in messages]
+        self.messages = [_printable(message) for message in messages]
         super().__init__("\n".join(self.messages))
+
+
+def _printable(message: str) -> str:
+    line = " ".join(message.split("\n"))
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
 class ConfigError(PrlhfError):

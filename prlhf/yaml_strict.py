@@ -79,6 +79,7 @@ def dump_yaml(value: Any) -> str:
 
 def _find_refused_syntax(text: str) -> list[str]:
     problems = []
+    names: set[str] = set()
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         line = _line(event)
@@ -88,7 +89,8 @@ def _find_refused_syntax(text: str) -> list[str]:
             depth -= 1
         if depth > MAX_DEPTH:
             return [f"{line}: nested more than {MAX_DEPTH} deep, expected at most three levels"]
-        if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
+        if isinstance(event, yaml.NodeEvent) and event.anchor is not None and event.anchor not in names:
+            names.add(event.anchor)
             problems.append(f"{line}: anchor or alias {event.anchor!r}, which is not allowed; write the value out")
         if isinstance(event, (yaml.ScalarEvent, yaml.CollectionStartEvent)) and event.tag is not None:
             problems.append(f"{line}: tag {event.tag!r}, which is not allowed; remove it")
@@ -145,7 +147,11 @@ def _plain_value(text: str) -> str | int | float | bool | None:
 
 
 def _describe_yaml_error(error: yaml.YAMLError) -> str:
+    if isinstance(error, yaml.reader.ReaderError):
+        return f": not valid YAML: {chr(error.character)!r} as character {error.position + 1}; remove it"
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or " ".join(str(error).split())
+    if problem.startswith("but "):  # the rest of a sentence
+        problem = f"{getattr(error, 'context', '')} {problem}"
     line = f":{mark.line + 1}" if mark is not None else ""
-    return f"{line}: not valid YAML: {problem}; quote text that holds special characters"
+    return f"{line}: not valid YAML: {problem}; mend the line (text that holds special characters needs quotes)"

@@ -16,8 +16,12 @@ from prlhf.errors import DataError
 
 MAX_LINE_BYTES = 16 * 2**20
 MAX_DEPTH = 16
+MAX_DIGITS = 4300  # of a whole number; Python converts no longer one
 MAX_SKIPPED_SHARE = 0.01
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep; rows hold strings and lists of messages"
+MEND_LINE = "mend or remove the line"
+MEND_FILE = "mend the file"
 OnBadRow = Literal["error", "skip"]
 
 T = TypeVar("T")
@@ -76,7 +80,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
     Raises: DataError: unreadable, or not one JSON object.
     """
     with _open(path) as file:
-        return _as_object(_parse(file.read(), str(path)), str(path))
+        value = _parse(file.read(), str(path), MEND_FILE)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: {quote(value)} is not a JSON object; the file holds one {{...}}")
+    return _checked_depth(value, str(path))
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -107,7 +114,7 @@ def _outcomes(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Number and object of every row, or the error that stands in its place."""
     if _holds_array(path):
         with _open(path) as file:
-            entries = enumerate(_parse(file.read(), str(path)), start=1)
+            entries = enumerate(_parse(file.read(), str(path), MEND_FILE), start=1)
         for number, entry in entries:
             yield number, _object_or_error(entry, f"{path}:{number}")
         return
@@ -115,8 +122,8 @@ def _outcomes(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
         where = f"{path}:{number}"
         try:
             if len(line) > MAX_LINE_BYTES:
-                raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes; is this one JSON object a line?")
-            yield number, _as_object(_parse(line, where), where)
+                raise DataError(f"{where}: longer than {MAX_LINE_BYTES} bytes; write one JSON object a line")
+            yield number, _as_object(_parse(line.rstrip(), where, MEND_LINE), where)
         except DataError as error:
             yield number, error
 
@@ -148,15 +155,19 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}:{number + 1}: cannot be read on ({error}); the file is damaged") from error
+            raise DataError(f"{path}:{number + 1}: cannot be read on ({error}); "
+                            "the file is damaged, get it anew") from error
 
 
-def _parse(data: bytes, where: str) -> Any:
+def _parse(data: bytes, where: str, remedy: str) -> Any:
     if data.startswith(BYTE_ORDER_MARK):
         raise DataError(f"{where}: starts with a byte order mark; save the file as UTF-8 without one")
+    if b"\x00" in data:
+        raise DataError(f"{where}: holds NUL bytes; save the file as UTF-8 text, or get it anew")
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        hooks: dict[str, Any] = {"object_pairs_hook": _unique_keys, "parse_constant": _refuse_constant}
+        value = json.loads(text, parse_int=_whole_number, **hooks)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -164,9 +175,12 @@ def _parse(data: bytes, where: str) -> Any:
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: holds half of a surrogate pair, which is no character; clean the text") from error
     except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply; rows hold strings and lists of messages") from error
+        raise DataError(f"{where}: {TOO_DEEP}") from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if remedy == MEND_FILE else f"column {error.colno}"
+        raise DataError(f"{where}: not valid JSON at {place} ({error.msg}); {remedy}") from error
     except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error}); mend or remove the line") from error
+        raise DataError(f"{where}: not valid JSON ({error}); {remedy}") from error
     return value
 
 
@@ -180,12 +194,16 @@ def _object_or_error(value: Any, where: str) -> dict[str, Any] | DataError:
 def _as_object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: {quote(value)} is not a JSON object; write one {{...}} a line")
+    return _checked_depth(value, where)
+
+
+def _checked_depth(value: dict[str, Any], where: str) -> dict[str, Any]:
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         level = [child for item in level for child in _children(item)]
         if not level:
             return value
-    raise DataError(f"{where}: nested more than {MAX_DEPTH} levels deep; rows hold strings and lists of messages")
+    raise DataError(f"{where}: {TOO_DEEP}")
 
 
 def _children(value: Any) -> Iterable[Any]:
@@ -200,6 +218,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {quote(next(key for key in keys if keys.count(key) > 1))} is there twice")
     return record
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -261,8 +261,11 @@ def response_row(record: dict[str, Any], where: str) -> ResponseRow:
 
 
 def _required(record: dict[str, Any], name: str, where: str) -> Any:
-    if record.get(name) is None:
-        raise DataError(f"{where}: no {name!r} among the keys {quote(sorted(record))}{did_you_mean(name, record)}")
+    if name not in record:
+        remedy = did_you_mean(name, record) or "; add it to the row"
+        raise DataError(f"{where}: no {name!r} among the keys {quote(sorted(record))}{remedy}")
+    if record[name] is None:
+        raise DataError(f"{where}: {name} is null; write its value, or remove the line")
     return record[name]
 
 

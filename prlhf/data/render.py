@@ -50,7 +50,8 @@ def render(tokenizer: Any, prompt: Prompt, user_text: str = "") -> Rendered:
     (in front of the data's own), a string prompt is one user message, and the assistant's header ends it. Where a
     template refuses or drops system messages, their text opens the first user message instead.
 
-    Raises: DataError: messages without a chat template, or a conversation that the template refuses.
+    Raises: DataError: messages without a chat template, a conversation that the template refuses, or a template that
+        fails on it.
     """
     if not has_chat_template(tokenizer):
         if not isinstance(prompt, str):
@@ -105,20 +106,18 @@ def _with_system(messages: Sequence[Message], text: str) -> list[Message]:
 
 
 def _render_messages(tokenizer: Any, messages: Sequence[Message]) -> str:
-    from jinja2.exceptions import TemplateError
-
     has_system = messages[0].role == "system"
     try:
         text = _apply_template(tokenizer, messages)
         if not has_system or messages[0].content.strip() in text:
             return text
         return _apply_template(tokenizer, _system_in_first_user_message(messages))
-    except TemplateError as error:
+    except Exception as error:  # a template is a program of its own, and fails in its own ways
         if not has_system:
             raise _refused(messages, error) from error
     try:
         return _apply_template(tokenizer, _system_in_first_user_message(messages))
-    except TemplateError as error:
+    except Exception as error:
         raise _refused(messages, error) from error
 
 
@@ -137,8 +136,13 @@ def _system_in_first_user_message(messages: Sequence[Message]) -> list[Message]:
 
 
 def _refused(messages: Sequence[Message], error: Exception) -> DataError:
+    from jinja2.exceptions import TemplateError
+
     roles = [message.role for message in messages]
-    return DataError(f"the chat template refuses the roles {quote(roles)}: {error}; mend the order of the turns")
+    if type(error) is TemplateError:  # raise_exception, with which templates refuse
+        return DataError(f"the chat template refuses the roles {quote(roles)}: {error}; mend the order of the turns")
+    return DataError(f"the chat template fails on the roles {quote(roles)} ({type(error).__name__}: {error}); "
+                     "mend chat_template in the tokenizer's files")
 
 
 def _guard(messages: Sequence[Message], names: tuple[str, ...]) -> tuple[list[Message], dict[str, str]]:

@@ -14,14 +14,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from prlhf.data.render import render_prompt
 from prlhf.data.world.text import build_text
 from prlhf.data.world.tokenizer import CHAT_TEMPLATE, train_tokenizer
-from prlhf.errors import ModelError
+from prlhf.errors import DataError, ModelError
 
 BUILTIN_TINY = "builtin:tiny"
 BUILTIN_SCRATCH = "builtin:scratch"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_NAMES_SHOWN = 5
+PROBE_PROMPT = "Why?"
 
 
 def builtin_model_dir() -> Path:
@@ -41,13 +43,16 @@ def load_backbone(name: str, *, dtype: str = "float32", seed: int = 0) -> tuple[
         dtype: "float32" or "bfloat16", the dtype of the weights in memory.
         seed: of the random weights of "builtin:scratch".
     Returns: (model in evaluation mode, tokenizer).
-    Raises: ModelError: no such folder, not a causal LM, weights missing or not finite, or no usable tokenizer.
+    Raises: ModelError: no such folder, not a causal LM, weights missing or not finite, or no usable tokenizer: see
+        `load_tokenizer`, or it gives ids that the model has no embedding for.
     """
     if name == BUILTIN_SCRATCH:
         return _make_scratch(seed, DTYPES[dtype])
     folder = resolve_backbone(name)
     model = _load_model(folder, name, DTYPES[dtype])
-    return model, load_tokenizer(folder, name)
+    tokenizer = load_tokenizer(folder, name)
+    _check_vocabulary(model, tokenizer, name)
+    return model, tokenizer
 
 
 def load_tokenizer(folder: Path | str, name: str) -> Any:
@@ -62,7 +67,7 @@ def load_tokenizer(folder: Path | str, name: str) -> Any:
     except Exception as error:  # transformers raises whatever comes of the files that a user points it at
         raise ModelError(
             f"model.backbone {name!r}: no tokenizer that transformers can load ({_first_line(error)}); "
-            "put the tokenizer's files into the model's folder"
+            "put the tokenizer's files into the model's folder, whose own code is never run"
         ) from error
     return check_tokenizer(tokenizer, name)
 
@@ -86,12 +91,20 @@ def resolve_backbone(name: str) -> Path | str:
 
 
 def check_tokenizer(tokenizer: Any, name: str) -> Any:
-    """The tokenizer, unless it has no end-of-sequence token: generation would never stop.
+    """The tokenizer, unless it cannot be trained with.
 
-    Raises: ModelError: it has none.
+    Raises: ModelError: it has no end-of-sequence token, so generation would never stop; or its chat template leaves
+        out what the user says, so all prompts would be one.
     """
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model.backbone {name!r}: the tokenizer has no EOS token; set eos_token in its config")
+    try:
+        rendered = render_prompt(tokenizer, PROBE_PROMPT)
+    except DataError:  # some templates want more than one turn; what the data's turns meet is said with the data
+        return tokenizer
+    if PROBE_PROMPT not in rendered:
+        raise ModelError(f"model.backbone {name!r}: the chat template leaves out what the user says; "
+                         "mend chat_template in the tokenizer's files")
     return tokenizer
 
 
@@ -165,6 +178,19 @@ def _load_model(folder: Path | str, name: str, dtype: torch.dtype) -> nn.Module:
             f"(model_type {config.model_type}); give a decoder"
         )
     return model
+
+
+def _check_vocabulary(model: nn.Module, tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer whose ids go beyond the embeddings; special tokens that prlhf never writes may."""
+    num_embeddings = int(next(input_embedding(model).parameters()).shape[0])
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    written = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    highest = max((set(tokenizer.get_vocab().values()) - special) | written)
+    if highest >= num_embeddings:
+        raise ModelError(
+            f"model.backbone {name!r}: the tokenizer has ids up to {highest}, the model {num_embeddings} embeddings; "
+            "put the model's own tokenizer into its folder"
+        )
 
 
 def _loading_options(folder: Path | str) -> dict[str, bool]:

@@ -69,8 +69,8 @@ def test_users_without_a_pair_are_known_all_the_same() -> None:
     ("change", "message"),
     [
         ({"label": 1}, "label is 1, expected true or false"),
-        ({"label": None}, "no 'label' among the keys"),
-        ({"response": None}, "no 'response' among the keys"),
+        ({"label": None}, "label is null"),
+        ({"response": None}, "response is null"),
         ({"user_id": ""}, "user_id is empty"),
     ],
 )

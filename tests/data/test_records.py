@@ -96,7 +96,7 @@ def test_a_row_survives_its_json_record(prompt: str, user_text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"user_id": None}, "no 'user_id'"),
+        ({"user_id": None}, "user_id is null"),
         ({"user_id": 7}, "user_id is 7, expected a string"),
         ({"user_id": ""}, "user_id is empty"),
         ({"chosen": ["x"]}, "chosen holds 'x'"),

@@ -68,6 +68,26 @@ def test_microbatches_are_as_full_as_the_budget_allows() -> None:
     assert cut_microbatches([3, 4, 5, 6, 7], lengths.__getitem__, 80) == [[5], [4, 3], [6, 7]]
 
 
+@given(groups=GROUPS, batch_rows=BATCH_ROWS, seed=st.integers(0, 2**32), steps=st.lists(st.integers(0, 60), max_size=6))
+def test_a_step_shows_the_same_rows_whichever_steps_came_before_it(
+    groups: list[int], batch_rows: int, seed: int, steps: list[int]
+) -> None:
+    used = Sampler(groups, batch_rows=batch_rows, seed=seed)
+    for step in steps:
+        assert used.rows_of_step(step) == Sampler(groups, batch_rows=batch_rows, seed=seed).rows_of_step(step)
+
+
+@given(lengths=st.lists(st.integers(1, 30), max_size=25), budget=st.integers(1, 60))
+def test_packs_hold_every_row_once_in_order_and_are_as_full_as_the_budget_allows(
+    lengths: list[int], budget: int
+) -> None:
+    packs = cut_packs(range(len(lengths)), lengths.__getitem__, budget)
+    assert [row for rows in packs for row in rows] == list(range(len(lengths)))
+    totals = [sum(lengths[row] for row in rows) for rows in packs]
+    assert all(total <= budget or len(rows) == 1 for total, rows in zip(totals, packs, strict=True))
+    assert all(total + lengths[rows[0]] > budget for total, rows in zip(totals, packs[1:], strict=False))
+
+
 def test_packs_are_filled_in_order_up_to_the_limit():
     lengths = {3: 4, 4: 6, 5: 1, 6: 30, 7: 9, 8: 1}
     assert cut_packs([3, 4, 5, 6, 7, 8], lengths.__getitem__, 10) == [[3, 4], [5], [6], [7, 8]]

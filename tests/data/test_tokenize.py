@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import unicodedata
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers.normalizers import NFC
 from transformers import LlamaTokenizer
 
 from prlhf.data.records import Message, PreferenceRow, ResponseRow, UserIndex
@@ -14,11 +18,8 @@ from prlhf.data.tokenize import encode_prompt, tokenize_pairs, tokenize_response
 from prlhf.errors import DataError
 
 LIMITS = {"max_tokens": 400, "max_prompt_tokens": 200, "num_user_tokens": 10}
-NASTY = [
-    ("Q:", " A"), ("Q: ", "A"), ("x\n", "\ny"), ("hello", "world"), ("a ", " b"), ("<", "/s>"), ("日本", "語"),
-    ("x\u0301", "\u0301"), ("👩‍👩", "‍👧"), ("a\t\t", "\t."), ("1 2 3", "4"), ("</s>", "<s>"), ("ends?", "\n\n\n"),
-    ("  two", "  three  "),
-]
+BOUNDARIES = Path(__file__).resolve().parents[1] / "corpus" / "tokenizer" / "boundaries.jsonl"
+NASTY = [tuple(json.loads(line).values()) for line in BOUNDARIES.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def pair(prompt: Any, chosen: str, rejected: str, user_id: str = "u", user_text: str = "") -> PreferenceRow:
@@ -30,8 +31,15 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def as_read(tokenizer: Any, text: str) -> str:
-    """Sentencepiece puts a space in front of every text, unless it starts with one, and takes one away in decoding."""
-    return text.removeprefix(" ") if isinstance(tokenizer, LlamaTokenizer) else text
+    """The text as the tokenizer itself gives it back.
+
+    Sentencepiece puts a space in front of every text, unless it starts with one, and takes one away in decoding; its
+    own mark for a space is one, too. GPT-NeoX composes accents (NFC).
+    """
+    if isinstance(tokenizer, LlamaTokenizer):
+        return text.replace("\u2581", " ").removeprefix(" ")
+    is_composed = isinstance(tokenizer.backend_tokenizer.normalizer, NFC)
+    return unicodedata.normalize("NFC", text) if is_composed else text
 
 
 @pytest.mark.parametrize(("prompt", "response"), NASTY)
@@ -46,6 +54,55 @@ def test_prompt_and_response_read_back_exactly(tokenizer: Any, prompt: str, resp
         assert tokenizer.decode(ids[:-1]) == as_read(tokenizer, text)
     body = [*row.prompt_ids[num_bos:], *row.chosen_ids[:-1], *row.rejected_ids[:-1]]
     assert not special_ids(tokenizer) & set(body)
+
+
+SPECIAL_NAMES = ["</s>", "<s>", "<unk>", "<|im_end|>", "<|endoftext|>", "<|begin|>"]
+NASTY_PIECES = st.sampled_from([*SPECIAL_NAMES, " ", "\n", "a", ":", "\u0301", "\u2581", "\ufeff"])
+ANY_TEXT = (st.text(max_size=20) | st.lists(NASTY_PIECES, max_size=6).map("".join)).filter(str.strip)
+
+
+@settings(max_examples=50)
+@given(prompts=st.tuples(ANY_TEXT, ANY_TEXT), responses=st.tuples(ANY_TEXT, ANY_TEXT))
+def test_any_text_keeps_the_boundary(tokenizer: Any, prompts: tuple[str, str], responses: tuple[str, str]) -> None:
+    (prompt, other), (first, second) = prompts, responses
+    rows = [pair(prompt, first, second), pair(prompt, second, first), pair(other, first, second)]
+    result = tokenize_pairs(rows, tokenizer, None, **LIMITS)
+    assume(first != second and "equal_response_ids" not in result.dropped)  # as texts of which one is composed
+    one, swapped, elsewhere = result.rows
+    num_bos = 0 if tokenizer.bos_token_id is None else 1
+    assert one.prompt_ids == swapped.prompt_ids, "whatever the response"
+    assert one.responses == elsewhere.responses == swapped.responses[::-1], "whatever the prompt"
+    assert list(one.prompt_ids[:num_bos]) == [tokenizer.bos_token_id][:num_bos]
+    body = one.prompt_ids[num_bos:]
+    assert tokenizer.decode(body) == as_read(tokenizer, f"{prompt}\n")
+    for ids, text in zip(one.responses, responses, strict=True):
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids[:-1]) == as_read(tokenizer, text)
+        assert not special_ids(tokenizer) & {*body, *ids[:-1]}
+
+
+@given(
+    texts=st.tuples(ANY_TEXT, ANY_TEXT, ANY_TEXT),
+    max_prompt_tokens=st.integers(1, 40),
+    room=st.integers(1, 30),
+    num_user_tokens=st.integers(0, 5),
+)
+def test_any_limits_are_kept_and_cut_old_prompt_text_and_ends_of_responses_alone(
+    toy: Any, texts: tuple[str, str, str], max_prompt_tokens: int, room: int, num_user_tokens: int
+) -> None:
+    max_tokens, rows = max_prompt_tokens + room, [pair(*texts)]
+    limits = {"max_prompt_tokens": max_prompt_tokens, "num_user_tokens": num_user_tokens}
+    result = tokenize_pairs(rows, toy, None, max_tokens=max_tokens, **limits)
+    if not result.rows:
+        assert not {"empty_prompt", "empty_response"} & set(result.dropped)
+        return
+    (cut,) = result.rows
+    (whole,) = tokenize_pairs(rows, toy, None, max_tokens=10_000, max_prompt_tokens=5_000, num_user_tokens=0).rows
+    assert len(cut.prompt_ids) <= max_prompt_tokens and cut.num_tokens + num_user_tokens <= max_tokens
+    num_left_out = len(whole.prompt_ids) - len(cut.prompt_ids)
+    assert cut.prompt_ids == whole.prompt_ids[:1] + whole.prompt_ids[1 + num_left_out :]
+    num_kept = max_tokens - num_user_tokens - len(cut.prompt_ids)
+    assert [*cut.responses] == [ids[:num_kept] for ids in whole.responses]
 
 
 def test_text_that_names_special_tokens_gets_no_special_id(tokenizer: Any) -> None:

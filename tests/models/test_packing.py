@@ -6,6 +6,8 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from prlhf.data.collate import ResponseTree, collate_responses, collate_trees
@@ -14,7 +16,15 @@ from prlhf.models.packing import Packing, Term, make_pack, set_up_packing_
 from prlhf.models.policy import PersonalizedPolicy
 from prlhf.models.reward import PersonalizedRewardModel
 from tests.families import FAMILIES
-from tests.policies import NUM_USER_TOKENS, make_batch, make_row, make_rows, randomize_, tiny_policy
+from tests.policies import (
+    FIRST_ORDINARY_TOKEN,
+    NUM_USER_TOKENS,
+    make_batch,
+    make_row,
+    make_rows,
+    randomize_,
+    tiny_policy,
+)
 
 PER_TOKEN = 1e-5  # nats; float32 sums in another order
 PADDED_FAMILIES = {"gemma2": "softcap", "gptj": "off by"}
@@ -118,6 +128,33 @@ def test_trees_with_any_number_of_responses_are_scored_as_padded_rows():
     expected, _ = policy.padded_values(batch, batch.user_ids)
     assert tokens.tolist() == [3, 2, 3, 2] and values[0] == values[2]
     torch.testing.assert_close(values, expected, rtol=1e-6, atol=0)
+
+
+@pytest.fixture(scope="module")
+def packed_policy() -> PersonalizedPolicy:
+    return _packed_policy()
+
+
+# Few tokens and short texts, so that prompts and responses recur within and across rows.
+TEXTS = st.lists(st.integers(FIRST_ORDINARY_TOKEN, FIRST_ORDINARY_TOKEN + 2), min_size=1, max_size=5).map(tuple)
+ROWS = st.lists(st.tuples(st.integers(0, 2), TEXTS, TEXTS, TEXTS), min_size=1, max_size=5)
+
+
+@settings(max_examples=30)
+@given(rows=ROWS)
+def test_any_rows_are_packed_without_a_second_copy_and_scored_as_padded_ones(packed_policy, rows):
+    pairs = [TokenizedPair(i, user, (0, *x), chosen, rejected) for i, (user, x, chosen, rejected) in enumerate(rows)]
+    batch = make_batch(packed_policy, pairs)
+    with torch.no_grad():
+        packed, padded = _both(packed_policy, batch)
+    for (values, tokens), (expected, expected_tokens) in zip(packed, padded, strict=True):
+        assert torch.equal(tokens, expected_tokens)
+        assert ((values - expected).abs() / tokens).max() < PER_TOKEN
+    shared = make_pack(batch, [Term(None, None, shared=True)], num_soft=NUM_USER_TOKENS, num_bos=1)
+    prefixes = {pair.prompt_ids for pair in pairs}
+    responses = {(pair.prompt_ids, response) for pair in pairs for response in pair.responses}
+    assert sorted(shared.trees.prefixes) == sorted(map(len, prefixes))
+    assert len(shared.order) == sum(map(len, prefixes)) + sum(len(response) for _, response in responses)
 
 
 def test_no_gradient_flows_from_one_row_into_the_soft_prompt_of_another():
