@@ -58,6 +58,7 @@ class Bench:
         max_restarts: int = 0,
         kill: tuple[int, float] | None = None,
         file_limit: int | None = None,
+        obeys_permissions: bool = False,
     ) -> Outcome:
         """`prlhf train` of the tiny job under a name, from its last checkpoint if it has one.
 
@@ -66,6 +67,7 @@ class Bench:
             fault: of PRLHF_FAULT.
             kill: a rank, and after how many seconds it is killed.
             file_limit: bytes that a file may have; beyond, writing fails as on a full disk.
+            obeys_permissions: of files, also as root.
         """
         if not (self.runs / name).exists():  # a new run makes its own reference pass, which a fault may be about
             shutil.rmtree(self._reference_cache, ignore_errors=True)
@@ -76,7 +78,7 @@ class Bench:
         def start(environment: Mapping[str, str]) -> ForkedProcess:
             """One rank."""
             argv = [str(self.config), f"name={name}", "--runs", str(self.runs), *settings]
-            child = fork_training(argv, {**environment, VARIABLE: fault}, log, file_limit)
+            child = fork_training(argv, {**environment, VARIABLE: fault}, log, file_limit, obeys_permissions)
             if kill is not None and environment["RANK"] == str(kill[0]) and not killers:
                 killers.append(kill_later(child.pid, kill[1], log))
             return child

@@ -68,6 +68,9 @@ def _errors() -> list[Row]:
         Row(full, "before_manifest, step 4", one_line, partial(_full_disk, "before_manifest:4:0:enospc")),
         Row("files above 20 kB fail", "first checkpoint", one_line, _file_limit),
         Row("unwritable folder", "runs is a file", "exit 2, one line", _unwritable),
+        Row("read-only folder", "start", "exit 2, one line with its path", _read_only_start),
+        Row("read-only run directory", "resume", "exit 2, one line; checkpoints kept; resume has the same weights",
+            _read_only_resume, True),
         Row("NaN gradient", "after_backward, step 3", "step skipped and counted; exit 0", partial(_nan, 1), True),
         Row("NaN gradient, limit 1", "after_backward, step 3", "exit 2, one line", _too_many_nans),
         Row("train.lr 1e30", "every step", "exit 2, one line that names it", partial(_absurd_rate, "1e30")),
@@ -169,6 +172,30 @@ def _unwritable(bench: Bench) -> list[str]:
     (bench.folder / "file").write_text("")
     outcome = bench.train("unwritable", "--runs", str(bench.folder / "file"))
     return [*_check(outcome.code, 2), *_one_line(outcome.errors, str(bench.folder / "file"))]
+
+
+def _read_only_start(bench: Bench) -> list[str]:
+    folder = bench.folder / "read-only"
+    folder.mkdir(mode=0o555)
+    outcome = bench.train("read-only", "--runs", str(folder), obeys_permissions=True)
+    return [*_check(outcome.code, 2), *_one_line(outcome.errors, str(folder), "Permission denied")]
+
+
+def _read_only_resume(bench: Bench) -> list[str]:
+    run_dir = _interrupted(bench, "read-only-run")
+    folders = [run_dir, *(path for path in run_dir.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    outcome = bench.train(run_dir.name, obeys_permissions=True)
+    for folder in folders:
+        folder.chmod(0o755)
+    kept = [path.name for path in bench.checkpoints(run_dir.name)]
+    return [
+        *_check(outcome.code, 2),
+        *_one_line(outcome.errors, str(run_dir), "Permission denied"),
+        *([] if kept == ["step-00000002", "step-00000004"] else [f"kept {kept}"]),
+        *bench.differences(run_dir.name),
+    ]
 
 
 def _nan(num_ranks: int, bench: Bench) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -12,6 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from prlhf.engine.launch import main
+
+CAP_DAC_OVERRIDE = 1  # to write and read whatever the permissions say
+CAPABILITY_VERSION = 0x20080522
 
 
 class ForkedProcess:
@@ -57,18 +61,25 @@ class ForkedProcess:
 
 
 def fork_training(
-    argv: list[str], environment: Mapping[str, str], log: Path, file_limit: int | None = None
+    argv: list[str],
+    environment: Mapping[str, str],
+    log: Path,
+    file_limit: int | None = None,
+    obeys_permissions: bool = False,
 ) -> ForkedProcess:
     """`python -m prlhf.engine.launch ARGV` in a fork.
 
     Args:
         file_limit: bytes that a file may have; writing more fails as on a full disk.
+        obeys_permissions: of files, also where this process is root and need not.
     """
 
     def call() -> int:
         """The exit code of the launcher."""
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        if obeys_permissions and sys.platform == "linux":
+            _drop_capability(CAP_DAC_OVERRIDE)
         os.environ.update(environment)
         return main(argv)
 
@@ -85,6 +96,22 @@ def kill_later(pid: int, after_s: float, log: Path) -> ForkedProcess:
         return 0
 
     return ForkedProcess(call, log)
+
+
+def _drop_capability(number: int) -> None:
+    """Give up one of root's powers; see capabilities(7). A process that has none stays as it is.
+
+    Raises: OSError: the system refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)  # 0: this process
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: the lower 32 numbers, then the upper ones
+    if libc.capget(header, sets):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    for index in range(3):
+        sets[index] &= ~(1 << number)
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _run_fork(call: Callable[[], int], log: Path) -> int:

@@ -8,6 +8,7 @@ import random
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # imports torch and transformers
     from prlhf.engine.fault_matrix import Row
 
 MAX_FAULTS = 4  # of one run under chaos
+MAX_TRIES = 20  # of a kill that shall come before the run's end
 RANDOM_POINTS = (
     "step_begin", "after_backward", "before_optimizer", "checkpoint_file_0", "checkpoint_file_3", "before_manifest",
     "before_rename", "after_rename", "eval",
@@ -31,7 +33,7 @@ def add_selftest_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `prlhf selftest`."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--faults", action="store_true", help="every fault of a list, with what must come of it")
-    what.add_argument("--kills", type=int, metavar="N", help="N runs, each killed once at a random moment")
+    what.add_argument("--kills", type=int, metavar="N", help="N runs, each killed once at a random moment of its life")
     what.add_argument("--chaos", type=float, metavar="MINUTES", help="runs under several random faults each")
     parser.add_argument("--quick", action="store_true", help="with --faults: a selection that takes seconds")
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="with --kills: ranks (default: 1)")
@@ -74,21 +76,44 @@ def report_rows(bench: Bench, rows: Sequence[Row]) -> int:
 
 
 def kill_at_random(bench: Bench, num_runs: int, *, num_ranks: int, seed: int) -> int:
-    """Runs of which a rank is killed at a random moment of an undisturbed run's time, and that are resumed."""
-    draw = random.Random(seed)
-    num_killed = num_equal = 0
+    """Runs of which a rank is killed at a random moment of the run's life, and that are resumed."""
+    draw, life_s = random.Random(seed), bench.whole_seconds(num_ranks)
+    num_landed = num_equal = 0
+    num_at: Counter[int] = Counter()  # checkpoints that a run had when it was killed -> runs
     for number in range(num_runs):
         name = f"kill-{number}"
-        kill = (draw.randrange(num_ranks), draw.uniform(0, bench.whole_seconds(num_ranks)))
-        num_killed += bench.train(name, num_ranks=num_ranks, kill=kill).code != 0
+        when, life_s = _kill(bench, name, num_ranks, draw, life_s)
+        num_landed += when is not None
+        num_at[len(bench.checkpoints(name))] += when is not None
         problems = bench.differences(name, num_ranks)
         num_equal += not problems
         if problems:
-            _print(f"rank {kill[0]} killed after {kill[1]:.2f} s: {'; '.join(problems)}")
+            _print(f"{when}: {'; '.join(problems)}")
         bench.remove(name)
-    _print(f"{num_runs} runs of {num_ranks} rank(s), one killed at a random moment, seed {seed}: {num_killed} killed "
-           f"before the end, {num_equal} of {num_runs} ended with the undisturbed run's weights")
-    return 0 if num_equal == num_runs else 1
+    spread = ", ".join(f"{count} with {checkpoints}" for checkpoints, count in sorted(num_at.items()) if count)
+    _print(f"{num_runs} runs of {num_ranks} rank(s), one killed at a random moment, seed {seed}: {num_landed} of "
+           f"{num_runs} kills landed before the end (checkpoints by then: {spread or 'none'}), {num_equal} of "
+           f"{num_runs} ended with the undisturbed run's weights")
+    return 0 if num_landed == num_equal == num_runs else 1
+
+
+def _kill(
+    bench: Bench, name: str, num_ranks: int, draw: random.Random, life_s: float
+) -> tuple[str | None, float]:
+    """Start a run until a kill has come before its end.
+
+    Args:
+        life_s: how long such a run is thought to take; when one has ended first, that one's time is taken from then on.
+    Returns: (which rank was killed and when, or None after MAX_TRIES runs that ended first; the time of a run now).
+    """
+    for _ in range(MAX_TRIES):
+        bench.remove(name)
+        rank, after_s = draw.randrange(num_ranks), draw.uniform(0, life_s)
+        outcome = bench.train(name, num_ranks=num_ranks, kill=(rank, after_s))
+        if outcome.code:
+            return f"rank {rank} killed after {after_s:.2f} s", life_s
+        life_s = outcome.seconds
+    return None, life_s
 
 
 def make_chaos(bench: Bench, seconds: float, *, seed: int) -> int:

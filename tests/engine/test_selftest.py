@@ -54,8 +54,44 @@ class Forgetful:
     def differences(self, name: str, num_ranks: int) -> list[str]:
         return ["resume: other weights"]
 
+    def checkpoints(self, name: str) -> list[Path]:
+        return [Path("step-00000002")]
+
     def remove(self, name: str) -> None:
         pass
+
+
+class Quick(Forgetful):
+    """A bench whose runs take a second, where they were thought to take ten, and end as the undisturbed one."""
+
+    def __init__(self) -> None:
+        self.moments: list[float] = []
+
+    def whole_seconds(self, num_ranks: int = 1) -> float:
+        return 10.0
+
+    def train(self, name: str, **options: Any) -> Outcome:
+        self.moments.append(options["kill"][1])
+        return Outcome(int(options["kill"][1] < 1.0), "", 1.0)
+
+    def differences(self, name: str, num_ranks: int) -> list[str]:
+        return []
+
+
+def test_a_kill_that_came_too_late_is_tried_again_within_the_time_that_a_run_takes(
+    capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench: Any = Quick()
+    assert selftest.kill_at_random(bench, 20, num_ranks=2, seed=0) == 0
+    assert "20 of 20 kills landed before the end (checkpoints by then: 20 with 1), 20 of 20" in capsys.readouterr().out
+    assert 20 < len(bench.moments) < 25 and max(bench.moments[2:]) < 1.0
+
+
+def test_a_kill_that_never_lands_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    bench: Any = Quick()
+    bench.train = lambda name, **options: Outcome(0, "", 1.0)
+    assert selftest.kill_at_random(bench, 2, num_ranks=1, seed=0) == 1
+    assert "0 of 2 kills landed before the end (checkpoints by then: none), 2 of 2 ended" in capsys.readouterr().out
 
 
 def test_other_weights_are_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +103,7 @@ def test_other_weights_are_a_failure(capsys: pytest.CaptureFixture[str]) -> None
     assert selftest.make_chaos(bench, 0.001, seed=0) == 1
     out = capsys.readouterr().out
     assert "FAILED: resume: other weights" in out
-    assert "2 killed before the end, 0 of 2 ended" in out
+    assert "2 of 2 kills landed before the end (checkpoints by then: 2 with 1), 0 of 2 ended" in out
 
 
 def test_options_that_do_not_go_together_are_refused() -> None:
