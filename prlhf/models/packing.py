@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from prlhf.data.collate import PairBatch, ResponseBatch
 from prlhf.data.context import ContextBatch
-from prlhf.models.shared_prefix import ATTENTION, Trees
+from prlhf.models.shared_prefix import ATTENTION
+from prlhf.models.trees import Trees
 
 # Settings under which a query sees only so many positions back: packs with longer paths are left to padded rows.
 WINDOW_KEYS = ("sliding_window", "attention_chunk_size")

@@ -8,91 +8,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from prlhf.models.flex_trees import flex_tree_attention, is_served
+from prlhf.models.trees import Trees, masked_tree_attention, spread_heads
 
 ATTENTION = "prlhf_trees"
 # Of torch's CPU kernel: they return the log-sum-exp, which merges two calls into one softmax. Private, so looked for.
 _FLASH = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _FLASH_BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
-Span = tuple[int, int]
 Window = tuple[slice, int]  # rows of a batch, and the first position that any of them has
 
 
-@dataclass(frozen=True)
-class Trees:
-    """Lengths of the trees of a pack, in order; a tree has at least one response.
-
-    Args:
-        prefixes: tokens of each tree's prefix, soft prompt included; may be 0.
-        responses: tokens of each response of each tree, all above 0.
-    """
-
-    prefixes: tuple[int, ...]
-    responses: tuple[tuple[int, ...], ...]
-
-    @cached_property
-    def spans(self) -> list[tuple[Span, list[Span]]]:
-        """(start, end) of each tree's prefix and of its responses on the line."""
-        spans, start = [], 0
-        for prefix, responses in zip(self.prefixes, self.responses, strict=True):
-            end = start + prefix
-            parts = []
-            for length in responses:
-                parts.append((end, end + length))
-                end += length
-            spans.append(((start, start + prefix), parts))
-            start = end
-        return spans
-
-    @property
-    def longest_path(self) -> int:
-        """Most tokens that one response and its prefix have together."""
-        return max(prefix + max(responses) for prefix, responses in zip(self.prefixes, self.responses, strict=True))
-
-
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, trees: Trees, scale: float) -> Tensor:
-    """Causal attention in which a response sees its tree's prefix and itself.
+    """As `masked_tree_attention`, the fastest way there is here; in autocast's type where that is on.
 
-    Args:
-        query: (1, H, N, E).
-        key: (1, H, N, E).
-        value: (1, H, N, E).
-        trees: of N tokens.
-        scale: of the products before the softmax.
-    Returns: (1, N, H, E), in autocast's type where that is on.
+    The CPU merges mask-free calls, CUDA runs FlexAttention; elsewhere, and where these do not work, masks are dense.
     """
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if is_served(query, key):
+        return flex_tree_attention(query, key, value, trees, scale)
     if query.device.type == "cpu" and _FLASH is not None and _FLASH_BACKWARD is not None:
-        return _FlashTrees.apply(query, key, value, trees, scale)
+        return _FlashTrees.apply(query, *spread_heads(query, key, value), trees, scale)
     return masked_tree_attention(query, key, value, trees, scale)
-
-
-def masked_tree_attention(query: Tensor, key: Tensor, value: Tensor, trees: Trees, scale: float) -> Tensor:
-    """As `tree_attention`, by a dense mask of each tree: for every device, and the oracle of the faster way."""
-    outputs = []
-    for (start, _), responses in trees.spans:
-        last = responses[-1][1]
-        length = last - start
-        # 0 in the prefix, 1, 2, ... in the responses.
-        part = torch.zeros(length, dtype=torch.int64, device=query.device)
-        for number, span in enumerate(responses, 1):
-            part[span[0] - start : span[1] - start] = number
-        order = torch.arange(length, device=query.device)
-        mask = (order[:, None] >= order) & ((part == 0) | (part[:, None] == part))
-        q, k, v = (x[:, :, start:last] for x in (query, key, value))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 class _FlashTrees(torch.autograd.Function):
@@ -203,9 +149,6 @@ def _attention(
     unknown = sorted(k for k in _CHANGES_SCORES if kwargs.get(k) is not None)
     if unknown or (window is not None and trees.longest_path > window):
         raise ValueError(f"tree attention cannot serve {', '.join(unknown) or 'a sliding window'}")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     return tree_attention(query, key, value, trees, scale), None
 

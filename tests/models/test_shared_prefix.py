@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf.models import shared_prefix
-from prlhf.models.shared_prefix import Trees, masked_tree_attention, tree_attention
+from prlhf.models.shared_prefix import tree_attention
+from prlhf.models.trees import Trees, masked_tree_attention
 
 TREES = Trees((7, 0, 12, 1), ((5,), (3, 4, 2), (9, 1), (1, 1, 1, 30)))
 NUM_TOKENS = 5 + 7 + 9 + 22 + 34
