@@ -76,26 +76,42 @@ class Bench:
             optimizer.zero_grad(set_to_none=True)
 
 
-def make_bench(*, lora: bool, with_trl: bool = False) -> Bench:
-    """A Llama of 26.4 M parameters with random weights."""
-    config = LlamaConfig(
+def small_llama() -> LlamaConfig:
+    """A Llama of 26.4 M parameters."""
+    return LlamaConfig(
         hidden_size=384, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=6, intermediate_size=1024,
         vocab_size=32000, tie_word_embeddings=True, max_position_embeddings=2048,
     )
+
+
+def make_policy(
+    config: LlamaConfig, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> PersonalizedPolicy:
+    """Random weights, made on the device, and users; every tensor is trained."""
     torch.manual_seed(0)
-    backbone = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.device(device):
+        backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
     packing = set_up_packing_(backbone)
     assert isinstance(packing, Packing), packing
-    trl = TrlSteps(backbone, lora=lora, beta=BETA, num_user_tokens=NUM_USER_TOKENS) if with_trl else None
-    if lora:
-        add_lora_(backbone, rank=8, alpha=16.0, dropout=0.0, targets="auto")
-    encoder = IndividualUserModel(num_users=NUM_USERS, num_user_tokens=NUM_USER_TOKENS, dim=384)
-    encoder.init_(0.02 * torch.randn(NUM_USER_TOKENS, 384))
+    dim = config.hidden_size
+    encoder = IndividualUserModel(num_users=NUM_USERS, num_user_tokens=NUM_USER_TOKENS, dim=dim)
+    encoder.init_(0.02 * torch.randn(NUM_USER_TOKENS, dim))
     users = UserIndex([f"u{i}" for i in range(NUM_USERS)])
     policy = PersonalizedPolicy(backbone, SimpleNamespace(bos_token_id=1), user_encoder=encoder, users=users)
+    policy.packing = packing
+    return policy.to(device)
+
+
+def make_bench(*, lora: bool, with_trl: bool = False) -> Bench:
+    """The small model, trained in full or with LoRA."""
+    policy = make_policy(small_llama())
+    assert policy.packing is not None
+    trl = TrlSteps(policy.backbone, lora=lora, beta=BETA, num_user_tokens=NUM_USER_TOKENS) if with_trl else None
+    if lora:
+        add_lora_(policy.backbone, rank=8, alpha=16.0, dropout=0.0, targets="auto")
     policy.reference = Reference(policy, frozen_copy=not lora)
     trained = [list(policy.trainable().values()), *([trl.parameters()] if trl else [])]
-    return Bench(policy, packing, trl, [torch.optim.AdamW(each, lr=1e-5, fused=True) for each in trained])
+    return Bench(policy, policy.packing, trl, [torch.optim.AdamW(each, lr=1e-5, fused=True) for each in trained])
 
 
 def draw_rows(shape: str, rng: np.random.Generator) -> list[TokenizedPair]:
@@ -210,28 +226,42 @@ def probe_memory(way: str, shape: str, *, lora: bool) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def useful_flops(rows: Sequence[TokenizedPair], *, lora: bool) -> float:
+def useful_flops(rows: Sequence[TokenizedPair], config: LlamaConfig, *, lora: bool) -> float:
     """Matmul FLOPs that a step needs: two trees a row; with LoRA frozen weights get no gradient."""
-    width, layers, ff, vocab = 384, 8, 1024, 32000
-    linear = layers * (4 * width * width + 3 * width * ff)
+    width, layers, vocab = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    head_dim = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    linear = layers * width * (2 * queries + 2 * keys + 3 * config.intermediate_size)
     total = 0.0
     for row in rows:
         prompt = len(row.prompt_ids) + NUM_USER_TOKENS
         chosen, rejected = len(row.chosen_ids), len(row.rejected_ids)
         pairs = prompt**2 / 2 + sum(prompt * n + n**2 / 2 for n in (chosen, rejected))
         dense = 2 * (prompt + chosen + rejected) * linear + 2 * width * vocab * (chosen + rejected)
-        total += 2 * ((2 if lora else 3) * dense + 3 * 4 * width * layers * pairs)
+        total += 2 * ((2 if lora else 3) * dense + 3 * 4 * queries * layers * pairs)
     return total
 
 
-def matmul_rate() -> float:
-    """FLOP/s of float32 matmuls on this machine now: the median over four shapes, three tries each."""
+def synchronize(device: str) -> None:
+    """Wait for what the device was given to do."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def matmul_rate(
+    probes: Sequence[tuple[int, int, int]] = PROBES, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> float:
+    """FLOP/s of matmuls on this machine now: the median over shapes (m, k, n), three tries each."""
     rates = []
-    for m, k, n in PROBES:
-        a, b = torch.randn(m, k), torch.randn(k, n)
+    for m, k, n in probes:
+        a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+        if device == "cuda":
+            a @ b  # the first call chooses a kernel
         for _ in range(3):
+            synchronize(device)
             began = time.perf_counter()
             a @ b
+            synchronize(device)
             rates.append(2 * m * k * n / (time.perf_counter() - began))
     return statistics.median(rates)
 
@@ -249,7 +279,7 @@ def measure(shape: str, *, lora: bool, repeats: int, seed: int, threads: int) ->
             if repeat:  # the first one warms up
                 seconds[way].append(taken)
         if repeat:
-            shares.append(useful_flops(step.rows, lora=lora) / seconds["packed"][-1] / rate)
+            shares.append(useful_flops(step.rows, small_llama(), lora=lora) / seconds["packed"][-1] / rate)
     ratios = {
         way: statistics.median(other / own for other, own in zip(seconds[way], seconds["packed"], strict=True))
         for way in ways

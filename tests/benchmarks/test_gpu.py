@@ -1,0 +1,79 @@
+"""The GPU benchmark, with tiny models on the CPU: everything but the kernels and the figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks import gpu
+from benchmarks.cpu import NUM_USER_TOKENS, useful_flops
+from prlhf.data.tokenize import TokenizedPair
+
+
+def test_one_command_measures_every_job_and_writes_figures_and_table(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    gpu.main(["--tiny", "--repeats", "1", "--out", str(out)])
+    results = json.loads(out.read_text())["results"]
+    assert [(result["model"], result["train"]) for result in results] == [
+        ("1B", "LoRA"), ("1B", "full"), ("8B", "LoRA")
+    ]
+    for result in results:
+        assert 0 < result["share_of_matmul_rate"] < 2 and result["peak_gib"] > 0
+        assert result["rows_per_s"] == pytest.approx(4 / result["step_s"])
+        # A tree has a prompt of 40 to 119 tokens, 10 of the soft prompt, and two responses that end at 160.
+        assert 2 * 201 < result["tokens_per_s"] / result["rows_per_s"] < 2 * 281
+        assert len(result["losses"]) == 3 and all(abs(loss - math.log(2)) < 0.2 for loss in result["losses"])
+    assert len(out.with_suffix(".md").read_text().strip().splitlines()) == 2 + 3
+
+
+def test_without_a_gpu_it_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as refusal:
+        gpu.main([])
+    assert "no CUDA device" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_micro_batches_are_halved_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = gpu.Setting("cpu", gpu.tiny_models(), 160, 8, 8, 64, 1, 0)
+    tried: list[int] = []
+
+    def measure(setting: gpu.Setting, model: str, *, lora: bool, microbatch_rows: int) -> dict[str, Any]:
+        tried.append(microbatch_rows)
+        if microbatch_rows > limit:
+            raise torch.OutOfMemoryError
+        return {"microbatch_rows": microbatch_rows}
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    limit = 2
+    assert gpu.measure_what_fits(setting, "1B", lora=True) == {"microbatch_rows": 2} and tried == [8, 4, 2]
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        gpu.measure_what_fits(setting, "1B", lora=True)
+
+
+def test_every_sequence_has_the_same_length() -> None:
+    setting = gpu.Setting("cuda", gpu.real_models(), 1024, 16, 8, 8192, 5, 0)
+    rows = gpu.draw_rows(setting, 128256, 50)
+    for row in rows:
+        for response in row.responses:
+            assert NUM_USER_TOKENS + len(row.prompt_ids) + len(response) == 1024
+    assert len({len(row.prompt_ids) for row in rows}) > 20
+
+
+@pytest.mark.parametrize(("model", "num_parameters"), [("1B", 1_235_814_400), ("8B", 8_030_261_248)])
+def test_models_are_those_of_their_names_and_so_are_their_flops(model: str, num_parameters: int) -> None:
+    """Sizes as on the model cards. A prompt of 1 and 10 soft tokens in two trees, 6 FLOPs a parameter and token."""
+    config = gpu.real_models()[model]
+    with torch.device("meta"):
+        backbone = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in backbone.parameters()) == num_parameters
+    linear = sum(m.weight.numel() for m in backbone.model.layers.modules() if isinstance(m, torch.nn.Linear))
+    attention = 3 * 4 * config.hidden_size * config.num_hidden_layers * 11**2 / 2
+    expected = 2 * (6 * 11 * linear + attention)
+    assert useful_flops([TokenizedPair(0, 1, (1,), (), ())], config, lora=False) == pytest.approx(expected)
