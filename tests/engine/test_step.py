@@ -138,6 +138,20 @@ def test_gradient_is_that_of_the_mean_row_loss(tiny: Tiny) -> None:
     assert_same(gradients_of(job, batches, len(rows)), expected)
 
 
+@pytest.mark.parametrize("lora", [{}, {"model__lora": None}], ids=["lora", "full"])
+def test_the_losses_of_20_steps_over_packed_rows_are_those_over_padded_rows(tiny: Tiny, lora: dict[str, None]) -> None:
+    curves = []
+    for packing in (True, False):
+        job = build_job(tiny.config(train__packing=packing, train__batch_rows=8, loss__alpha=0.3, **lora))
+        assert (job.model.packing is not None) is packing
+        results = [step_of(job, step, job.optimizer, max_grad_norm=1.0) for step in range(20)]
+        curves.append(torch.stack([result.sums["loss"] / result.num_rows for result in results]))
+    packed, padded = curves
+    assert packed[-3:].mean() < packed[:3].mean() - 1e-2, "the policy learns"
+    assert not torch.equal(packed, padded), "both ran the same code"
+    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("lora", [{}, {"model__lora": None}])
 def test_gradient_checkpointing_does_not_change_gradient(tiny: Tiny, lora: dict[str, None]) -> None:
     plain, checkpointed = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def _both(policy: PersonalizedPolicy, batch) -> tuple[list[tuple[Tensor, Tensor]
     return _both_terms(policy, batch), [policy.padded_values(batch, ids) for ids in (batch.user_ids, generic)]
 
 
-def _gradient(policy: PersonalizedPolicy, terms: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _gradient(policy: PersonalizedPolicy, terms: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
     """All trained tensors' gradients in one vector, of a loss that weighs every sequence differently."""
     loss = sum((values * torch.linspace(1, 2, len(values))).sum() for values, _ in terms)
     gradients = torch.autograd.grad(loss, list(policy.trainable().values()), allow_unused=True)
@@ -82,6 +83,32 @@ def test_packed_log_probs_and_gradients_are_those_of_padded_rows(family, linear_
         assert ((values - expected).abs() / tokens).max() < PER_TOKEN
     gradient, reference = _gradient(policy, packed), _gradient(policy, padded)
     assert (gradient - reference).norm() < 1e-5 * reference.norm()
+
+
+def _one_by_one(policy: PersonalizedPolicy, rows: list[TokenizedPair], users: list[int]) -> Tensor:
+    """Log-prob of each row's chosen response, then of each rejected one, every sequence in a call of its own."""
+    values = []
+    for side in ("chosen_ids", "rejected_ids"):
+        for row, user in zip(rows, users, strict=True):
+            batch = collate_responses([TokenizedResponse(0, user, row.prompt_ids, getattr(row, side))], pad_id=2)
+            values.append(policy.padded_values(batch, batch.user_ids)[0])
+    return torch.cat(values)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_a_batch_the_log_probs_and_gradients_of_its_sequences_one_by_one(family, lora):
+    """Packed where the family can, padded where it cannot; both terms."""
+    packed = family in PACKED_FAMILIES
+    policy = _packed_policy(family, lora=lora) if packed else tiny_policy(family, lora=lora)
+    randomize_(policy, scale=0.1)
+    rows = _rows(policy, family)
+    terms = _both_terms(policy, make_batch(policy, rows))
+    alone = [_one_by_one(policy, rows, users) for users in ([row.user_id for row in rows], [0] * len(rows))]
+    for (values, tokens), expected in zip(terms, alone, strict=True):
+        assert ((values - expected).abs() / tokens).max() < PER_TOKEN
+    gradient, reference = _gradient(policy, terms), _gradient(policy, [(values, None) for values in alone])
+    assert (gradient - reference).norm() < 1e-4 * reference.norm()
 
 
 @pytest.mark.parametrize("family", PADDED_FAMILIES)
@@ -157,14 +184,16 @@ def test_any_rows_are_packed_without_a_second_copy_and_scored_as_padded_ones(pac
     assert len(shared.order) == sum(map(len, prefixes)) + sum(len(response) for _, response in responses)
 
 
-def test_no_gradient_flows_from_one_row_into_the_soft_prompt_of_another():
-    policy = _packed_policy()
-    rows = [make_row(policy, 0, user_id=1, lengths=(4, 6, 3)), make_row(policy, 1, user_id=2, lengths=(9, 2, 30))]
+@pytest.mark.parametrize("scored", [0, 1], ids=["first row", "last row"])
+@pytest.mark.parametrize("family", PACKED_FAMILIES)
+def test_no_gradient_flows_from_one_row_into_the_soft_prompt_of_another(family, scored):
+    policy = _packed_policy(family)
+    rows = [make_row(policy, 0, user_id=1, lengths=(4, 6, 3)), make_row(policy, 1, user_id=2, lengths=(5, 2, 7))]
     batch = make_batch(policy, rows)
-    policy.logps(batch, batch.user_ids).chosen[0].backward()
+    policy.logps(batch, batch.user_ids).chosen[scored].backward()
     gradient = policy.user_encoder.offsets.grad
-    assert (gradient[0] != 0).all(dim=-1).all()
-    assert torch.equal(gradient[1], torch.zeros_like(gradient[1]))
+    assert (gradient[scored] != 0).all(dim=-1).all()
+    assert torch.equal(gradient[1 - scored], torch.zeros_like(gradient[1 - scored]))
 
 
 def test_the_generic_tree_of_a_pair_that_several_users_judged_is_computed_once():
