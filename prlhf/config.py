@@ -66,8 +66,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class UserConfig:
-    """The user model; `num_clusters` is read for `cluster`, `rank` for `low_rank` and encoders, `init_range` for
-    `init: uniform`.
+    """The user model; `num_clusters` is read for `cluster`, `rank` for `low_rank`, `init_range` for `init: uniform`.
 
     Of the encoders `text` reads `user_text`, and `history` up to `history_pairs` pairs that the user has judged; the
     width of either is `encoder_dim`, and a text or response is cut to `context_tokens`. `prior` is the precision of a

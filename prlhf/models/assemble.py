@@ -138,7 +138,7 @@ def _make_user_encoder(spec: PolicySpec, *, num_users: int, dim: int) -> UserMod
         return LowRankUserModel(rank=spec.user_rank, **sizes)
     if spec.user_kind in ("text", "history"):
         encoder = TextUserModel if spec.user_kind == "text" else HistoryUserModel
-        return encoder(rank=spec.user_rank, hidden_dim=spec.encoder_dim, seed=spec.seed, **sizes)
+        return encoder(hidden_dim=spec.encoder_dim, seed=spec.seed, **sizes)
     return {"uniform": UniformUserModel, "individual": IndividualUserModel}[spec.user_kind](**sizes)
 
 

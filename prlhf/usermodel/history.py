@@ -18,8 +18,8 @@ class HistoryUserModel(EncoderUserModel):
     with x_l the normalized embedding of token l. A swapped label is the opposite vote, swapped labels of all pairs are
     the opposite user, the order of the pairs means nothing, and few pairs stay nearer to the generic user than many.
 
-    Parameters: `encoder.tokens` (H, D) A; `encoder.votes` (H, H + 1) P; `encoder.layer` (H, H) W; `encoder.codes`
-    (R, H).
+    Parameters: `encoder.tokens` (H, D) A; `encoder.votes` (H, H + 1) P; `encoder.layer` (H, H) W; `encoder.heads`
+    (T, H, D).
     Source: after the encoder of variational preference learning (Poddar et al. 2024, arXiv:2408.10075), without its
     latent distribution.
     """
@@ -32,11 +32,11 @@ class HistoryUserModel(EncoderUserModel):
         return {"tokens": (width, self.dim), "votes": (width, width + 1), "layer": (width, width)}
 
     def features(self, tokens: Tensor, context: UserContext) -> Tensor:
-        """(B, H) of the tokens (B, 2K, L, D) of K pairs a row."""
+        """(B, 1, H) of the tokens (B, 2K, L, D) of K pairs a row."""
         counts = context.lengths.clamp(min=1)[:, :, None]
         features = F.gelu(F.linear(tokens, self.encoder["tokens"])) * context.mask[..., None]
         responses = torch.cat([features.sum(dim=2) / counts, counts.to(features.dtype).log()], dim=-1)
         chosen, rejected = responses[:, 0::2], responses[:, 1::2]
         present = (context.lengths > 0).unflatten(1, (-1, 2)).all(dim=2)[:, :, None]
         votes = torch.tanh(F.linear(chosen - rejected, self.encoder["votes"])) * present
-        return votes.sum(dim=1) / (present.sum(dim=1) + 1)
+        return votes.sum(dim=1, keepdim=True) / (present.sum(dim=1, keepdim=True) + 1)

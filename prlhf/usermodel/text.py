@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from prlhf.usermodel.base import UserContext
@@ -11,22 +12,27 @@ NEVER = -1e9  # finite: a softmax over nothing but minus infinity is not a numbe
 
 
 class TextUserModel(EncoderUserModel):
-    """g(u^t): a query attends to the tokens of the user's text.
+    """g(u^t): each soft token has a query of its own that attends to the tokens of the user's text.
 
-    f = sum_l softmax_l(q x_l) x_l, with x_l the normalized embedding of token l; at the start their mean, nearly.
+    f_t = sum_l softmax_l(q_t x_l) x_l, with x_l the normalized embedding of token l.
 
-    Parameters: `encoder.query` (1, D) q; `encoder.layer` (H, D) W; `encoder.bias` (H,) b; `encoder.codes` (R, H).
+    Parameters: `encoder.queries` (T, D) q; `encoder.layer` (H, D) W; `encoder.bias` (T, H) b; `encoder.heads`
+    (T, H, D).
     """
 
     centered = True
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
-        """The query and one layer."""
-        return {"query": (1, self.dim), "layer": (self.hidden_dim, self.dim)}
+        """Queries and one layer."""
+        return {
+            "queries": (self.num_user_tokens, self.dim),
+            "layer": (self.hidden_dim, self.dim),
+            "bias": (self.num_user_tokens, self.hidden_dim),
+        }
 
     def features(self, tokens: Tensor, context: UserContext) -> Tensor:
-        """(B, D) of the tokens (B, 1, L, D) of one text a row."""
-        mask = context.mask[:, 0]
-        scores = tokens[:, 0] @ self.encoder["query"][0]
+        """(B, T, D) of the tokens (B, 1, L, D) of one text a row."""
+        mask = context.mask[:, :1]
+        scores = torch.einsum("bld,td->btl", tokens[:, 0], self.encoder["queries"])
         shares = scores.masked_fill(~mask, NEVER).softmax(dim=-1) * mask
-        return (shares[:, None] @ tokens[:, 0])[:, 0]
+        return shares @ tokens[:, 0]

@@ -59,7 +59,7 @@ def serve_the_unseen(world: Tiny, run_dir: Path, **settings: Any) -> dict[str, A
     return figures
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("text", 30), ("history", 40)])
+@pytest.mark.parametrize(("kind", "steps"), [("text", 30), ("history", 20)])
 def test_prm_serves_users_it_never_saw(
     world: Tiny, bare_prompts: None, tmp_path: Path, kind: str, steps: int
 ) -> None:

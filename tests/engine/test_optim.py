@@ -36,7 +36,7 @@ def groups_of(optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float,
         ("individual", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1), "user_rows": (0.02, 0.0, 1)}),
         ("uniform", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1)}),
         ("cluster", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1), "cluster_weights": (0.03, 0.0, 1)}),
-        ("history", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 2), "encoder": (0.04, 0.2, 4)}),
+        ("history", {"model": (0.01, 0.2, 28), "users": (0.02, 0.0, 1), "encoder": (0.04, 0.2, 4)}),
     ],
 )
 def test_each_part_has_its_rate_and_only_model_and_encoder_decay(

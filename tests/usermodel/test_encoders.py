@@ -10,25 +10,15 @@ from torch.nn import functional as F
 
 from prlhf.usermodel import EncoderUserModel, HistoryUserModel, TextUserModel, UserContext
 
-T, D, H, R = 2, 4, 5, 3
+T, D, H = 2, 4, 5
 KINDS = {"text": TextUserModel, "history": HistoryUserModel}
 IDS = torch.tensor([0, 1, 2])
 
 
-def _initial() -> torch.Tensor:
-    """e_0, and R more."""
-    return torch.randn(1 + R, T, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-def _fresh(kind: str, *, hidden_dim: int = H) -> EncoderUserModel:
-    model = KINDS[kind](num_users=2, num_user_tokens=T, dim=D, rank=R, hidden_dim=hidden_dim, seed=3).double()
-    model.init_(_initial())
-    return model
-
-
 def _model(kind: str) -> EncoderUserModel:
     """Trained: every parameter off its start."""
-    model = _fresh(kind)
+    model = KINDS[kind](num_users=2, num_user_tokens=T, dim=D, hidden_dim=H, seed=3).double()
+    model.init_(torch.ones(T, D, dtype=torch.float64))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,12 +47,12 @@ def test_without_a_context_or_with_an_empty_one_a_row_is_e_0_bitwise(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_user_starts_as_the_generic_one_whatever_is_read(kind):
-    model = _fresh(kind)
+    model = KINDS[kind](num_users=2, num_user_tokens=T, dim=D, hidden_dim=H).double()
+    model.init_(torch.ones(T, D, dtype=torch.float64))
     soft_prompts = model(IDS, _context(CONTEXTS[kind]))
-    assert torch.equal(soft_prompts, _initial()[:1].expand(3, T, D))
-    assert torch.equal(model.basis, _initial()[1:] - _initial()[0])
+    assert torch.equal(soft_prompts, torch.ones(3, T, D, dtype=torch.float64))
     soft_prompts.sum().backward()
-    assert model.encoder["codes"].grad.abs().max() > 0, "the start must be one that training leaves"
+    assert model.encoder["heads"].grad.abs().max() > 0, "the start must be one that training leaves"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,20 +94,17 @@ def test_gradients_are_right_and_those_of_an_empty_context_are_zero(kind):
         assert name == "generic" or not parameter.grad.any(), name
 
 
-def _offset(model: EncoderUserModel, hidden: torch.Tensor) -> torch.Tensor:
-    """B C tanh(hidden), one direction after the other."""
-    return sum(code @ torch.tanh(hidden) * model.basis[r] for r, code in enumerate(model.encoder["codes"]))
-
-
-def test_a_text_is_pooled_by_a_query():
+def test_a_text_is_pooled_by_a_query_for_each_soft_token():
     """One loop over tokens in place of the batched sums."""
     model, context = _model("text"), _context([[3]])
     parameters = model.encoder
     tokens = [x / x.square().mean().sqrt() for x in context.embeds[0, 0, :3]]
-    weights = [math.exp((parameters["query"][0] @ x).item()) for x in tokens]
-    pooled = sum(weight * x for weight, x in zip(weights, tokens, strict=True)) / sum(weights)
-    expected = model.generic + _offset(model, parameters["layer"] @ pooled + parameters["bias"])
-    torch.testing.assert_close(model(torch.tensor([1]), context)[0], expected)
+    for t in range(T):
+        weights = [math.exp((parameters["queries"][t] @ x).item()) for x in tokens]
+        pooled = sum(weight * x for weight, x in zip(weights, tokens, strict=True)) / sum(weights)
+        hidden = torch.tanh(parameters["layer"] @ pooled + parameters["bias"][t])
+        expected = model.generic[t] + hidden @ parameters["heads"][t]
+        torch.testing.assert_close(model(torch.tensor([1]), context)[0, t], expected)
 
 
 def test_a_history_is_the_mean_vote_of_its_pairs():
@@ -132,8 +119,10 @@ def test_a_history_is_the_mean_vote_of_its_pairs():
         return torch.cat([mean, torch.tensor([math.log(length)], dtype=torch.float64)])
 
     votes = [torch.tanh(parameters["votes"] @ (response(i) - response(i + 1))) for i in (0, 2)]
-    expected = model.generic + _offset(model, parameters["layer"] @ (votes[0] + votes[1]) / 3)
-    torch.testing.assert_close(model(torch.tensor([1]), context)[0], expected)
+    hidden = torch.tanh(parameters["layer"] @ (votes[0] + votes[1]) / 3)
+    for t in range(T):
+        expected = model.generic[t] + hidden @ parameters["heads"][t]
+        torch.testing.assert_close(model(torch.tensor([1]), context)[0, t], expected)
 
 
 def test_the_order_of_the_pairs_means_nothing_and_that_within_a_pair_does():
@@ -157,7 +146,8 @@ def test_with_all_labels_swapped_a_history_is_the_opposite_user():
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_read_of_known_users_starts_white(kind):
     """200 users in two batches, whose texts share far more than what tells them apart."""
-    model = _fresh(kind, hidden_dim=3)
+    model = KINDS[kind](num_users=2, num_user_tokens=T, dim=D, hidden_dim=3, seed=3).double()
+    model.init_(torch.zeros(T, D, dtype=torch.float64))
     generator = torch.Generator().manual_seed(4)
     shape = (200, len(CONTEXTS[kind][0]), 6, D)
     embeds = torch.randn(shape, generator=generator, dtype=torch.float64) + 3 * torch.arange(1.0, 1 + D).double()
@@ -168,18 +158,19 @@ def test_what_is_read_of_known_users_starts_white(kind):
     if kind == "text":
         hidden = hidden + model.encoder["bias"]
         assert hidden.mean(dim=0).abs().max() < 1e-10
-    samples = hidden.detach()
+    samples = hidden.detach().flatten(0, 1)
     torch.testing.assert_close(samples.T @ samples / len(samples), torch.eye(3).double(), rtol=0, atol=1e-4)
 
 
 def test_whitening_leaves_out_who_says_nothing_and_directions_in_which_nobody_differs():
-    model = _fresh("text")
+    model = TextUserModel(num_users=2, num_user_tokens=T, dim=D, hidden_dim=H, seed=3)
+    model.init_(torch.zeros(T, D))
     drawn = model.encoder["layer"].detach().clone()
-    ones = torch.ones(3, 1, 3, D, dtype=torch.float64)
-    model.whiten_([UserContext(ones, torch.tensor([[3], [0], [0]]))])
+    model.whiten_([UserContext(torch.ones(2, 1, 3, D), torch.tensor([[3], [0]]))])
     assert torch.equal(model.encoder["layer"], drawn), "one text tells nothing apart"
-    ones[0, ..., 1] = -1.0
-    model.whiten_([UserContext(ones, torch.tensor([[1], [1], [0]]))])
+    two = torch.ones(3, 1, 1, D)
+    two[0] = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    model.whiten_([UserContext(two, torch.tensor([[1], [1], [0]]))])
     layer = model.encoder["layer"]
     assert torch.isfinite(layer).all() and torch.equal(layer[1:], drawn[1:])
     assert not torch.equal(layer[0], drawn[0])
@@ -187,8 +178,8 @@ def test_whitening_leaves_out_who_says_nothing_and_directions_in_which_nobody_di
 
 def test_draws_of_the_layers_depend_on_the_seed_alone():
     def layers(seed: int) -> torch.Tensor:
-        model = TextUserModel(num_users=1, num_user_tokens=T, dim=D, rank=R, seed=seed)
-        model.init_(_initial().float())
-        return model.encoder["layer"].detach()
+        model = TextUserModel(num_users=1, num_user_tokens=T, dim=D, seed=seed)
+        model.init_(torch.zeros(T, D))
+        return model.encoder["queries"].detach()
 
     assert torch.equal(layers(0), layers(0)) and not torch.equal(layers(0), layers(1))

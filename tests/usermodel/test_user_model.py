@@ -34,10 +34,9 @@ def _make(kind: str) -> UserModel:
         return model
     sizes = {"num_users": U, "num_user_tokens": T, "dim": D}
     if kind in ("text", "history"):
-        model = {"text": TextUserModel, "history": HistoryUserModel}[kind](rank=R, hidden_dim=H, **sizes)
-        model.init_(_initial(1 + R, T, D))
-        return model
-    model = {"uniform": UniformUserModel, "individual": IndividualUserModel}[kind](**sizes)
+        model = {"text": TextUserModel, "history": HistoryUserModel}[kind](hidden_dim=H, **sizes)
+    else:
+        model = {"uniform": UniformUserModel, "individual": IndividualUserModel}[kind](**sizes)
     model.init_(_initial(T, D))
     return model
 
@@ -50,12 +49,12 @@ LAYOUTS = {
     "cluster": {"basis": (K, T, D), "weights": (U + 1, K)},
     "low_rank": {"generic": (T, D), "basis": (R, T, D), "weights": (U, R)},
     "text": {
-        "generic": (T, D), "basis": (R, T, D), "encoder.query": (1, D), "encoder.layer": (H, D), "encoder.bias": (H,),
-        "encoder.codes": (R, H),
+        "generic": (T, D), "encoder.queries": (T, D), "encoder.layer": (H, D), "encoder.bias": (T, H),
+        "encoder.heads": (T, H, D),
     },
     "history": {
-        "generic": (T, D), "basis": (R, T, D), "encoder.tokens": (H, D), "encoder.votes": (H, H + 1),
-        "encoder.layer": (H, H), "encoder.codes": (R, H),
+        "generic": (T, D), "encoder.tokens": (H, D), "encoder.votes": (H, H + 1), "encoder.layer": (H, H),
+        "encoder.heads": (T, H, D),
     },
 }
 
