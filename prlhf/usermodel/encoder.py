@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from prlhf.usermodel.base import UserContext, UserModel, check_initial, check_sizes
 
 SMALLEST_DEVIATION = 1e-3  # of the largest: below it users do not differ
+ROUNDING = 1e-5  # of a feature's size: below it the same text, padded otherwise, differs from itself
 
 
 class EncoderUserModel(UserModel):
@@ -103,12 +104,13 @@ class EncoderUserModel(UserModel):
         mean = features.mean(dim=0) if self.centered else torch.zeros_like(features[0])
         samples = (features - mean).flatten(0, 1)
         most = min(self.hidden_dim, *samples.shape)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            _, sizes, directions = torch.svd_lowrank(samples, q=most, niter=4)
+        with torch.random.fork_rng(devices=[]):  # on the CPU: torch.manual_seed would give all ranks' GPUs one seed
+            torch.default_generator.manual_seed(self.seed)
+            _, sizes, directions = torch.svd_lowrank(samples.cpu(), q=most, niter=4)
         deviations = sizes / math.sqrt(len(samples))
-        kept = deviations > SMALLEST_DEVIATION * deviations[0]
+        usual_size = features.square().sum(dim=-1).mean().sqrt().item()
+        kept = deviations > max(SMALLEST_DEVIATION * deviations[0].item(), ROUNDING * usual_size)
         layer = self.encoder["layer"]
-        layer[:most][kept] = (directions / deviations).T[kept].to(layer.dtype)
+        layer[:most][kept.to(layer.device)] = (directions / deviations).T[kept].to(layer)
         if self.centered:
             self.encoder["bias"].copy_(-F.linear(mean, layer))

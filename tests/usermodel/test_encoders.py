@@ -176,6 +176,30 @@ def test_whitening_leaves_out_who_says_nothing_and_directions_in_which_nobody_di
     assert not torch.equal(layer[0], drawn[0])
 
 
+def test_one_text_of_all_users_tells_nothing_apart_however_it_is_padded():
+    model = TextUserModel(num_users=2, num_user_tokens=T, dim=D, hidden_dim=H, seed=3)
+    model.init_(torch.zeros(T, D))
+    drawn = model.encoder["layer"].detach().clone()
+    text = torch.randn(1, 1, 20, D, generator=torch.Generator().manual_seed(1))
+    contexts = []
+    for number, length in ((7, 20), (5, 33), (3, 27)):
+        embeds = F.pad(text, (0, 0, 0, length - 20)).expand(number, -1, -1, -1)
+        contexts.append(UserContext(embeds, torch.full((number, 1), 20)))
+    model.whiten_(contexts)
+    assert torch.equal(model.encoder["layer"], drawn)
+
+
+def test_whitening_seeds_no_gpu(monkeypatch):
+    """Ranks have GPU seeds of their own, for dropout."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("seeded"))
+    model = TextUserModel(num_users=2, num_user_tokens=T, dim=D, hidden_dim=H, seed=3)
+    model.init_(torch.zeros(T, D))
+    before = torch.get_rng_state()
+    embeds = torch.randn(9, 1, 3, D, generator=torch.Generator().manual_seed(0))
+    model.whiten_([UserContext(embeds, torch.full((9, 1), 3))])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_draws_of_the_layers_depend_on_the_seed_alone():
     def layers(seed: int) -> torch.Tensor:
         model = TextUserModel(num_users=1, num_user_tokens=T, dim=D, seed=seed)
