@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -191,6 +191,17 @@ def broadcast_object(value: Any) -> Any:
         with _collective():
             payload = _broadcast_bytes(payload)
     return json.loads(payload)
+
+
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """Give tensors rank 0's values, in place; every rank calls this with the same shapes in the same order."""
+    if not dist.is_initialized():
+        return
+    with _collective(), torch.no_grad():
+        for tensor in tensors:
+            moved = tensor.detach().to(_communication_device())
+            dist.broadcast(moved, src=0)
+            tensor.copy_(moved)
 
 
 def _broadcast_bytes(payload: bytes) -> bytes:

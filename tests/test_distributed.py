@@ -13,6 +13,7 @@ from prlhf.distributed import (
     all_reduce_sum,
     announce_stop,
     barrier,
+    broadcast_,
     broadcast_object,
     init_process_group,
     is_main,
@@ -36,6 +37,9 @@ def _check_collectives() -> None:
     assert not all_reduce_any(False)
     assert broadcast_object(NESTED if is_main() else {"another": "value"}) == NESTED
     assert broadcast_object("" if is_main() else None) == ""
+    parameters = [torch.nn.Parameter(torch.full((2,), float(rank()))), torch.nn.Parameter(torch.tensor(rank() + 3.0))]
+    broadcast_(parameters)
+    assert [parameter.tolist() for parameter in parameters] == [[0.0, 0.0], 3.0]
     barrier()
 
 

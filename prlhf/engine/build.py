@@ -27,7 +27,7 @@ from prlhf.data.tokenize import (
     tokenize_pairs,
     tokenize_responses,
 )
-from prlhf.distributed import rank, world_size
+from prlhf.distributed import broadcast_, rank, world_size
 from prlhf.engine.fsdp import shard_
 from prlhf.engine.objective import Objective
 from prlhf.engine.optim import RowLazyAdamW, make_optimizer
@@ -44,6 +44,7 @@ from prlhf.models.assemble import (
 from prlhf.models.backbone import pad_token_id, position_limit
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
+from prlhf.usermodel.row_table import RowTable
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +207,8 @@ def build_job(config: Config) -> Job:
     model.to(device)
     if model.user_encoder is not None:
         init_user_encoder_(model, spec, [row.prompt_ids + row.responses[0] for row in tokenized.rows[:NUM_PROBES]])
+        # Measured, not drawn: what two ranks round differently would stay different.
+        broadcast_(p for p in model.user_encoder.parameters() if not isinstance(p, RowTable))
     _prepare_for_training_(model, config, spec)
     train = config.train
     if train.parallel == "fsdp":

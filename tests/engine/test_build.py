@@ -65,6 +65,12 @@ def test_equal_seeds_give_equal_jobs(tiny: Tiny) -> None:
     assert not torch.equal(first["user_encoder.generic"], other["user_encoder.generic"])
 
 
+def test_ranks_that_compute_an_encoders_start_a_little_differently_start_alike(two_ranks: Path) -> None:
+    first, second = read(two_ranks, "start")
+    assert first.keys() == second.keys() and "encoder.layer" in first
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+
+
 def test_batch_rows_that_two_ranks_cannot_share_are_refused(two_ranks: Path) -> None:
     for messages in read(two_ranks, "refused"):
         assert messages == ["train.batch_rows: got 7, which 2 ranks do not divide; use a multiple of 2"]

@@ -17,6 +17,7 @@ from prlhf.engine.objective import ReferenceLogps, RowLosses
 from prlhf.engine.step import Batch
 from prlhf.engine.trainer import batches_of_step, train
 from prlhf.errors import ConfigError, Preempted, PrlhfError
+from prlhf.usermodel import HistoryUserModel
 from tests.engine.cuts import (
     FULL_STEP,
     RAGGED_STEP,
@@ -55,6 +56,7 @@ def run_everything(tiny: Tiny, folder: Path) -> None:
     save(folder, "nan_loss", skipped_step(tiny, nan_loss_))
     save(folder, "inf_gradient", skipped_step(tiny, inf_gradient_))
     save(folder, "refused", refused_batch_rows(tiny))
+    save(folder, "start", start_of_ranks_that_round_apart(tiny))
     train(tiny.config(method="dpo", train__max_steps=1), folder / "dpo_first")
     save(folder, "rows", epoch_of_still_policy(tiny, folder / "still"))
     save(folder, "stopped", stopped_run(tiny, folder / "two_then_one"))
@@ -77,6 +79,19 @@ def refused_batch_rows(tiny: Tiny) -> list[str]:
     except ConfigError as error:
         return error.messages
     return []
+
+
+def start_of_ranks_that_round_apart(tiny: Tiny) -> dict[str, Tensor]:
+    """An encoder's tensors at step 0, where rank 1 computes features a little differently."""
+    exact = HistoryUserModel.features
+
+    def features(self: HistoryUserModel, *args: Any) -> Tensor:
+        return exact(self, *args) * (1 + 1e-4 * rank())
+
+    with mock.patch.object(HistoryUserModel, "features", features):
+        job = build_job(cut_config(tiny, "pdpo_history"))
+    assert job.model.user_encoder is not None
+    return {name: whole(parameter) for name, parameter in job.model.user_encoder.named_parameters()}
 
 
 def epoch_of_still_policy(tiny: Tiny, run_dir: Path) -> list[list[int]]:
