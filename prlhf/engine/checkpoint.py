@@ -104,6 +104,7 @@ def save_checkpoint(
     problem: Exception | None = None
     flushed: dict[str, tuple[int, str]] = {}
     needed = _num_bytes(model, optimizer)
+    beat(patience_s=needed / SLOW_DISK)
     # Before anything is written: a rank whose disk fails must not leave the others waiting for its parts.
     trained = gather_on_main(trained_tensors(model, lora=identity.spec.lora_rank is not None))
     moments = gather_on_main(_optimizer_tensors(model, optimizer))

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from prlhf.distributed import world_size
+from prlhf.distributed import all_reduce_any, world_size
 from prlhf.engine.step import Model
 from prlhf.errors import ConfigError, ModelError
 from prlhf.models.personalized import PersonalizedModel
@@ -39,6 +39,8 @@ def shard_(model: Model, *, precision: str, max_tokens: int) -> None:
         raise ConfigError(f"train.parallel: got fsdp on {model.device.type}, expected cuda or cpu; use ddp")
     for part in _policies_of(model):
         _shard_one_(part, precision)
+        if all_reduce_any(part.packing is None):  # each rank has tried for itself whether its backbone reads packs
+            part.packing = None
         if part.packing is not None and part.packing.window is not None and part.packing.window < max_tokens:
             logger.info("train.parallel fsdp: rows are padded, since some may exceed the backbone's sliding window")
             part.packing = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib.resources
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from prlhf.data.render import render_prompt
+from prlhf.data.render import encode_rendered, render, render_prompt
 from prlhf.data.world.text import build_text
 from prlhf.data.world.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from prlhf.errors import DataError, ModelError
@@ -181,10 +182,12 @@ def _load_model(folder: Path | str, name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _check_vocabulary(model: nn.Module, tokenizer: Any, name: str) -> None:
-    """Refuse a tokenizer whose ids go beyond the embeddings; special tokens that prlhf never writes may."""
+    """Refuse a tokenizer whose ids go beyond the embeddings; special tokens that no prompt ever holds may."""
     num_embeddings = int(next(input_embedding(model).parameters()).shape[0])
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     written = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    with contextlib.suppress(DataError):  # what a template asks of the turns is said with the data
+        written |= set(encode_rendered(tokenizer, render(tokenizer, PROBE_PROMPT)))
     highest = max((set(tokenizer.get_vocab().values()) - special) | written)
     if highest >= num_embeddings:
         raise ModelError(

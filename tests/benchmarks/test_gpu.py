@@ -16,6 +16,7 @@ from benchmarks.cpu import NUM_USER_TOKENS, useful_flops
 from prlhf.data.tokenize import TokenizedPair
 
 
+@pytest.mark.slow
 def test_one_command_measures_every_job_and_writes_figures_and_table(tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     gpu.main(["--tiny", "--repeats", "1", "--out", str(out)])

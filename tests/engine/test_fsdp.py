@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "reward": ("prm_low_rank_prior_full", SMALL),
     "sft": ("sft_full", SMALL),
 }
+QUICK_CASES = ("lora", "full")
 
 
 def gradients_and_step(config: Config) -> dict[str, dict[str, Tensor]]:
@@ -69,19 +71,30 @@ def gradients_and_step(config: Config) -> dict[str, dict[str, Tensor]]:
     return {**found, "parameters": {name: whole(parameter) for name, parameter in parameters.items()}}
 
 
-def run_sharded(tiny: Tiny, folder: Path) -> None:
-    """On each of two ranks."""
-    for name, (variant, settings) in CASES.items():
+def run_cases(tiny: Tiny, folder: Path, cases: Sequence[str]) -> None:
+    """Gradients and steps on each of two ranks."""
+    for name in cases:
+        variant, settings = CASES[name]
         save(folder, name, gradients_and_step(cut_config(tiny, variant, **settings, **SHARDED)))
-    save(folder, "bf16", gradients_of_step(tiny.config(**FULL, **SHARDED, train__precision="bf16"), 0))
-    bf16_base = tiny.config(**SHARDED, train__precision="bf16", model__dtype="bfloat16")
-    save(folder, "bf16_base", gradients_of_step(bf16_base, 0))
+
+
+def run_sharded(tiny: Tiny, folder: Path) -> None:
+    """On each of two ranks, what the default tests look at."""
+    run_cases(tiny, folder, QUICK_CASES)
     save(folder, "nan_loss", skipped_step(tiny, nan_loss_, **FULL, **SHARDED))
     save(folder, "layout", layout_of(build_job(tiny.config(**SHARDED))))
     save(folder, "window", packs_beyond_a_window(tiny))
     save(folder, "passes", idle_passes(tiny))
-    for name, settings in (("lora", {}), ("full", FULL)):
-        rewrite_checkpoint(resumable(tiny, **settings, **SHARDED), folder / f"begun-{name}", folder / f"again-{name}")
+    rewrite_checkpoint(resumable(tiny, **SHARDED), folder / "begun-lora", folder / "again-lora")
+
+
+def run_sharded_further(tiny: Tiny, folder: Path) -> None:
+    """On each of two ranks, what the slow tests look at."""
+    run_cases(tiny, folder, [name for name in CASES if name not in QUICK_CASES])
+    save(folder, "bf16", gradients_of_step(tiny.config(**FULL, **SHARDED, train__precision="bf16"), 0))
+    bf16_base = tiny.config(**SHARDED, train__precision="bf16", model__dtype="bfloat16")
+    save(folder, "bf16_base", gradients_of_step(bf16_base, 0))
+    rewrite_checkpoint(resumable(tiny, **FULL, **SHARDED), folder / "begun-full", folder / "again-full")
     train(resumable(tiny, **FULL, **SHARDED), folder / "one_then_two")
     with pytest.raises(Preempted), at_step(2, stop_signal):
         train(resumable(tiny, **FULL, **SHARDED), folder / "two_then_one")
@@ -128,33 +141,55 @@ def rewrite_checkpoint(config: Config, source: Path, target: Path) -> None:
     save_checkpoint(target, job.model, job.optimizer, replace(progress, step=9), identity, keep_last=1)
 
 
+def begin(tiny: Tiny, run_dir: Path, **settings: Any) -> None:
+    """A run that is stopped after two steps."""
+    with pytest.raises(Preempted), at_step(2, stop_signal):
+        train(resumable(tiny, **settings), run_dir)
+
+
 @pytest.fixture(scope="module")
 def sharded(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `run_sharded` filled; runs that one rank began are read and gone on with there."""
+    """The folder that `run_sharded` filled; the run that one rank began is read there."""
     folder = tmp_path_factory.mktemp("sharded")
-    for name, settings in (("begun-lora", {}), ("begun-full", FULL), ("one_then_two", FULL)):
-        with pytest.raises(Preempted), at_step(2, stop_signal):
-            train(resumable(tiny, **settings), folder / name)
+    begin(tiny, folder / "begun-lora")
     run_distributed_test(run_sharded, 2, tiny, folder)
     return folder
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_shards_have_gradient_and_step_of_one_process(tiny: Tiny, sharded: Path, case: str) -> None:
+@pytest.fixture(scope="module")
+def sharded_further(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `run_sharded_further` filled; runs that one rank began are read and gone on with there."""
+    folder = tmp_path_factory.mktemp("sharded_further")
+    for name in ("begun-full", "one_then_two"):
+        begin(tiny, folder / name, **FULL)
+    run_distributed_test(run_sharded_further, 2, tiny, folder)
+    return folder
+
+
+FOLDERS = {True: "sharded", False: "sharded_further"}
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK_CASES else pytest.param(case, marks=SLOW) for case in CASES])
+def test_shards_have_gradient_and_step_of_one_process(
+    tiny: Tiny, request: pytest.FixtureRequest, case: str
+) -> None:
     """Though one rank makes more passes than the other has rows for, or has no row at all."""
     variant, settings = CASES[case]
+    folder = request.getfixturevalue(FOLDERS[case in QUICK_CASES])
     expected = gradients_and_step(cut_config(tiny, variant, **settings))
-    for actual in read(sharded, case):
+    for actual in read(folder, case):
         for part, tensors in expected.items():
             assert_same(actual[part], tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "settings"), [("bf16", FULL), ("bf16_base", {"model__dtype": "bfloat16"})])
 def test_bf16_shards_have_nearly_the_float32_gradient(
-    tiny: Tiny, sharded: Path, case: str, settings: dict[str, Any]
+    tiny: Tiny, sharded_further: Path, case: str, settings: dict[str, Any]
 ) -> None:
     exact = gradients_of_step(tiny.config(**settings), 0)
-    for rough in read(sharded, case):
+    for rough in read(sharded_further, case):
         assert {gradient.dtype for gradient in rough.values()} == {torch.float32}, "summed in float32"
         flat, flat_exact = (torch.cat([of[name].flatten() for name in exact]) for of in (rough, exact))
         assert not torch.equal(flat, flat_exact)
@@ -183,19 +218,21 @@ def test_a_loss_that_is_not_finite_on_one_rank_changes_no_shard(sharded: Path) -
         assert any(name.startswith("backbone.") and name.endswith(".exp_avg") for name in seen["before"])
 
 
-def test_runs_go_on_with_shards_and_without(tiny: Tiny, sharded: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_runs_go_on_with_shards_and_without(tiny: Tiny, sharded_further: Path, tmp_path: Path) -> None:
     """One rank's run is finished by two with shards, and theirs by one; figures are the same."""
     expected = train(resumable(tiny, **FULL), tmp_path / "run")
-    train(resumable(tiny, **FULL), sharded / "two_then_one")
-    for run_dir in (sharded / "one_then_two", sharded / "two_then_one"):
+    train(resumable(tiny, **FULL), sharded_further / "two_then_one")
+    for run_dir in (sharded_further / "one_then_two", sharded_further / "two_then_one"):
         assert_alike(run_dir, tmp_path / "run")
         assert load_final(run_dir)["accuracy"] == expected["accuracy"]
         assert (run_dir / "eval" / "step-00000004.json").is_file()
         assert len((run_dir / "samples" / "policy.jsonl").read_text().splitlines()) == 2, "ann's answer and bob's"
 
 
-@pytest.mark.parametrize("name", ["lora", "full"])
-def test_a_checkpoint_read_into_shards_is_written_bit_for_bit(sharded: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["lora", pytest.param("full", marks=SLOW)])
+def test_a_checkpoint_read_into_shards_is_written_bit_for_bit(request: pytest.FixtureRequest, name: str) -> None:
+    sharded = request.getfixturevalue(FOLDERS[name == "lora"])
     before = sharded / f"begun-{name}" / "checkpoints" / checkpoints(sharded / f"begun-{name}")[-1]
     for file in ("trainable", "users", "optimizer"):
         expected = load_file(before / f"{file}.safetensors")
@@ -204,9 +241,10 @@ def test_a_checkpoint_read_into_shards_is_written_bit_for_bit(sharded: Path, nam
         assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
 
 
-def test_first_loss_of_dpo_is_ln_2_in_bf16_shards(sharded: Path) -> None:
+@pytest.mark.slow
+def test_first_loss_of_dpo_is_ln_2_in_bf16_shards(sharded_further: Path) -> None:
     """The reference is scored over gathered weights, the policy over weights that come and go: the same function."""
-    (line,) = read_metrics(sharded / "first")
+    (line,) = read_metrics(sharded_further / "first")
     assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert line["grad_norm"] > 0
 
