@@ -13,23 +13,30 @@ from torch import Tensor
 
 from prlhf.data.context import UserFacts, facts_record
 from prlhf.data.quoting import quote
+from prlhf.data.records import UserIndex
 from prlhf.errors import DataError
 from prlhf.evaluation.samples import GENERIC
 from prlhf.files import MANIFEST, publish_directory, remove_directories, seal_directory, write_json_atomic
 from prlhf.models.assemble import CONTEXTS, USER_IDS, USERS, read_tensors
 from prlhf.models.personalized import PersonalizedModel
+from prlhf.models.user_rows import STORE, write_rows
+from prlhf.usermodel.store import UserStore
 
 NOT_TAKEN = ("optimizer.safetensors", "rng-")  # of a training run, which new users are no part of
 
 
-def check_new(model: PersonalizedModel, user_ids: list[str], out: Path) -> None:
-    """Refuse, before any work, users whom the checkpoint knows and a directory that is there.
+def check_new(checkpoint: Path, model: PersonalizedModel, user_ids: list[str], out: Path) -> None:
+    """Refuse, before any work, users whom the checkpoint knows or its store forgot, and a directory that is there.
 
     Raises: DataError: each of them.
     """
     assert model.users is not None
     wrong = [f"user {quote(user)}: the checkpoint knows them already; choose another id"
              for user in user_ids if user in model.users]
+    if (checkpoint / STORE).is_dir():
+        with UserStore.open(checkpoint / STORE) as store:
+            wrong += [f"user {quote(user)}: was forgotten, and the checkpoint takes the id no more; choose another id"
+                      for user in user_ids if store.is_forgotten(user)]
     if GENERIC in user_ids:
         wrong.append(f"user {quote(GENERIC)}: names the generic user in every command; choose another id")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -49,14 +56,16 @@ def write_with_users(
 
     Args:
         checkpoint: the directory the model was loaded from.
-        states: user id -> row of the user model's table; the new rows follow the known ones in this order.
+        states: user id -> row of the user model's table; the new rows follow the known ones in this order, or come
+            into the store of a large table.
         facts: of an encoder's new users, who have no rows.
     """
     assert model.users is not None
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        changed = {MANIFEST, USER_IDS, *([USERS] if states else []), *([CONTEXTS] if facts else [])}
+        table = STORE if (checkpoint / STORE).is_dir() else USERS
+        changed = {MANIFEST, USER_IDS, *([table] if states else []), *([CONTEXTS] if facts else [])}
         for path in sorted(checkpoint.iterdir()):
             if path.name not in changed and not path.name.startswith(NOT_TAKEN):
                 _link(path, temporary / path.name)
@@ -64,17 +73,31 @@ def write_with_users(
         if facts:
             assert model.contexts is not None
             write_json_atomic(temporary / CONTEXTS, facts_record({**model.contexts.facts, **facts}))
-        if states:
-            tensors = read_tensors(checkpoint / USERS)
-            name = _table_name(model)
-            tensors[name] = torch.cat([tensors[name], torch.stack(list(states.values())).to(tensors[name].dtype)])
-            save_file(tensors, temporary / USERS)
-        seal_directory(temporary)
+        shards = _write_states(checkpoint, temporary, model, states) if states else {}
+        seal_directory(temporary, shards)
         if out.is_dir():
             out.rmdir()  # empty: `check_new` refuses others
         publish_directory(temporary, out)
     finally:
         remove_directories([temporary])
+
+
+def _write_states(
+    checkpoint: Path, directory: Path, model: PersonalizedModel, states: Mapping[str, Tensor]
+) -> dict[str, tuple[int, str]]:
+    """Write the table with the new users' rows; returns size and sha256 of a store's full shards by name."""
+    rows = torch.stack(list(states.values()))
+    if not (checkpoint / STORE).is_dir():
+        tensors = read_tensors(checkpoint / USERS)
+        name = _table_name(model)
+        tensors[name] = torch.cat([tensors[name], rows.to(tensors[name].dtype)])
+        save_file(tensors, directory / USERS)
+        return {}
+    assert model.user_encoder is not None
+    rows = rows.to(model.user_encoder.table.dtype)
+    users = UserIndex(list(states))
+    files = write_rows(directory / STORE, checkpoint / STORE, rows, {}, users, range(len(users)))
+    return {f"{STORE}/{name}": entry for name, entry in files.items()}
 
 
 def _table_name(model: PersonalizedModel) -> str:

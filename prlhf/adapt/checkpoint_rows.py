@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +29,28 @@ from prlhf.files import (
     write_json_atomic,
 )
 from prlhf.models.assemble import CONTEXTS, STATE, USER_IDS, USERS, read_tensors
+from prlhf.models.user_rows import STORE, write_without
+from prlhf.usermodel.store import UserStore
 
 RECEIPT = "forgotten-{tag}.json"
 # JSON of ours; a tokenizer's own may hold any word as a key.
 SCRUBBED = (USER_IDS, CONTEXTS, "adapt*.json", "feedback*.json")
 PREFIX = ".forget-"
+UNUSABLE = "delete the checkpoint, which cannot be used, and call prlhf forget again"
 NEW, OLD = f"{PREFIX}new-", f"{PREFIX}old-"
 
 
 def find_user(checkpoint: Path, user_id: str) -> list[str]:
     """The files of a checkpoint from which forgetting a user would take something.
 
-    Raises: CheckpointError: the user is the only one of the model.
+    Raises: CheckpointError: the user is the only one of the model, or a damaged store.
     """
     users = read_json(checkpoint / USER_IDS)["user_ids"]
     files = [path.name for path in _json_files(checkpoint) if scrub(read_json(path), user_id)[1]]
     if user_id in users:
         files += [name for name, tables in _tables(checkpoint, len(users)).items() if tables]
+    if (checkpoint / STORE).is_dir():
+        files += [f"{STORE}/"] * _has_row(checkpoint / STORE, user_id)
     if users == [user_id]:
         raise CheckpointError(f"{checkpoint}: the user is the only one of this model; delete it with all it holds")
     return files
@@ -52,13 +59,13 @@ def find_user(checkpoint: Path, user_id: str) -> list[str]:
 def check_cleanable(checkpoint: Path) -> None:
     """Refuse to seal anew what is damaged, or what `remove_user` does not know.
 
-    Raises: CheckpointError: a damaged file, or a folder inside.
+    Raises: CheckpointError: a damaged file, or a folder inside that is no user store.
     """
     # A tombstone may be newer than the manifest, where a copy of an earlier one was sealed.
     damage = [line for line in find_damage(checkpoint) if not line.startswith(f"{checkpoint / TOMBSTONES}:")]
-    wrong = [f"{line}; delete the checkpoint, which cannot be used, and call prlhf forget again" for line in damage]
+    wrong = [f"{line}; {UNUSABLE}" for line in damage]
     wrong += [f"{path}: a folder inside a checkpoint, which prlhf forget cannot clean; nothing was changed"
-              for path in checkpoint.iterdir() if path.is_dir()]
+              for path in checkpoint.iterdir() if path.is_dir() and path.name != STORE]
     if wrong:
         raise CheckpointError(*wrong)
 
@@ -82,6 +89,7 @@ def remove_user(checkpoint: Path, user_id: str) -> None:
             if tables
         }
     unsealed = []
+    shards: dict[str, tuple[int, str]] = {}
     for path in sorted(checkpoint.iterdir()):
         if path.name in values:
             write_json_atomic(new / path.name, values[path.name])
@@ -89,9 +97,13 @@ def remove_user(checkpoint: Path, user_id: str) -> None:
             save_file(tensors[path.name], new / path.name)
         elif path.name == TOMBSTONES or path.match(RECEIPT.format(tag="*")):
             unsealed.append(path)
+        elif path.name == STORE:
+            shards = write_without(new / STORE, path, user_id)
+            changed = [name for name in shards if not (path / name).is_file()]
+            _share(new / STORE, changed, checkpoint.parent.glob(f"step-*/{STORE}"))
         elif path.name not in (MANIFEST, LOCK) and not path.name.startswith("."):
             _link(path, new / path.name)
-    seal_directory(new)
+    seal_directory(new, {f"{STORE}/{name}": entry for name, entry in shards.items()})
     for path in unsealed:  # they change while the rest does not
         shutil.copyfile(path, new / path.name)
         fsync_path(new / path.name)
@@ -124,6 +136,14 @@ def _json_files(checkpoint: Path) -> list[Path]:
     return sorted(path for pattern in SCRUBBED for path in checkpoint.glob(pattern))
 
 
+def _has_row(store: Path, user_id: str) -> bool:
+    try:
+        with UserStore.open(store) as opened:
+            return user_id in opened
+    except CheckpointError as error:
+        raise CheckpointError(*(f"{line.rpartition('; ')[0]}; {UNUSABLE}" for line in error.messages)) from None
+
+
 def _tables(checkpoint: Path, num_users: int) -> dict[str, list[str]]:
     """File -> its tensors with a row a user: the users' own, and their moments and step counts."""
     tables = {}
@@ -152,6 +172,17 @@ def _without_row(tensors: dict[str, Tensor], tables: list[str], place: int, num_
         kept[key] = table.new_empty((len(table) - 1, *table.shape[1:]))
         kept[key][:row], kept[key][row:] = table[:row], table[row + 1 :]
     return kept
+
+
+def _share(folder: Path, names: Iterable[str], others: Iterable[Path]) -> None:
+    """Make files links to those of the same name and content in other folders, as they were before they changed."""
+    others = list(others)
+    for name in names:
+        for twin in (other / name for other in others):
+            if twin.is_file() and not twin.is_symlink() and filecmp.cmp(twin, folder / name, shallow=False):
+                (folder / name).unlink()
+                _link(twin, folder / name)
+                break
 
 
 def _link(source: Path, target: Path) -> None:

@@ -47,7 +47,7 @@ def add_new_users(args: argparse.Namespace) -> int:
             sys.stdout.write(json.dumps(question, ensure_ascii=False) + "\n")
     if args.out is None:
         return 0
-    check_new(model, list(feedback), args.out)
+    check_new(directory, model, list(feedback), args.out)
     if model.contexts is not None:
         write_with_users(directory, args.out, model, {}, _facts(model, feedback))
         return 0

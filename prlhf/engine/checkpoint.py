@@ -40,7 +40,7 @@ from prlhf.models.assemble import (
     trained_tensors,
 )
 from prlhf.models.personalized import PersonalizedModel
-from prlhf.models.user_rows import STORE, empty_moments, read_moments, stored_table, write_rows
+from prlhf.models.user_rows import STORE, empty_moments, read_moments, stored_table, table_of_store, write_rows
 from prlhf.sharding import gather_on_main, shard_like
 
 logger = logging.getLogger(__name__)
@@ -219,8 +219,8 @@ def load_checkpoint_(
         raise CheckpointError(*wrong)
     load_trained_(model, directory, lora=spec.lora_rank is not None)
     _load_optimizer_(model, optimizer, read_tensors(directory / OPTIMIZER), directory)
-    stored = stored_table(model.user_encoder)
-    if stored is not None and model.users is not None and (directory / STORE).is_dir():
+    stored = table_of_store(directory, model.user_encoder)
+    if stored is not None and model.users is not None:
         optimizer.state[stored[1]].update(read_moments(directory / STORE, stored[1], model.users))
         optimizer.unsaved_rows, optimizer.saved_in = set(), directory
     rng = directory / f"rng-{rank()}.safetensors"

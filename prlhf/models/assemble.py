@@ -26,7 +26,7 @@ from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
 from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts
-from prlhf.models.user_rows import STORE, read_rows_, stored_table
+from prlhf.models.user_rows import STORE, read_rows_, table_of_store
 from prlhf.sharding import shard_like
 from prlhf.usermodel import (
     ClusterUserModel,
@@ -217,7 +217,7 @@ def load_trained_(policy: PersonalizedModel, directory: Path, *, lora: bool) -> 
     if policy.user_encoder is not None:
         files[directory / USERS] = {name: value.detach() for name, value in policy.user_encoder.named_parameters()}
     states = {path: read_tensors(path) for path in files}
-    stored = stored_table(policy.user_encoder) if (directory / STORE).is_dir() else None
+    stored = table_of_store(directory, policy.user_encoder)
     if stored is not None:
         del files[directory / USERS][stored[0]]
     wrong = [f"{path}: {line}" for path in files for line in _misfits(files[path], states[path])]

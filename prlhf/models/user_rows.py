@@ -23,10 +23,22 @@ T = TypeVar("T")
 
 def stored_table(user_encoder: UserModel | None) -> tuple[str, RowTable] | None:
     """The parameter that a checkpoint keeps as a store, with its name: a large table whose row i - 1 is user i's."""
+    found = _row_table(user_encoder)
+    return found if found is not None and found[1].nbytes >= STORE_FROM_BYTES else None
+
+
+def table_of_store(checkpoint: Path, user_encoder: UserModel | None) -> tuple[str, RowTable] | None:
+    """The parameter whose rows are in a checkpoint's store, if it has one.
+
+    Whatever its size: a table that lost a user may be a little smaller than those that get a store.
+    """
+    return _row_table(user_encoder) if (checkpoint / STORE).is_dir() else None
+
+
+def _row_table(user_encoder: UserModel | None) -> tuple[str, RowTable] | None:
     if user_encoder is not None:
         for name, table in user_encoder.named_parameters():
-            is_large = table.nbytes >= STORE_FROM_BYTES and len(table) == user_encoder.num_users
-            if isinstance(table, RowTable) and is_large:
+            if isinstance(table, RowTable) and len(table) == user_encoder.num_users:
                 return name, table
     return None
 
@@ -57,6 +69,24 @@ def write_rows(
         for chunk in _chunks(rows):
             values = {name: moment[chunk] for name, moment in moments.items()}
             store.put([users.user_ids[row] for row in chunk], table[chunk], **values)
+        full = store.full_shards()
+    (directory / LOCK).unlink()
+    return full
+
+
+def write_without(directory: Path, previous: Path, user_id: str) -> dict[str, tuple[int, str]]:
+    """Write a store that holds what the previous one does, but nothing of a user; the previous one stays as it is.
+
+    Shards without a row of the user's are hard-linked, others copied with zeros in its place.
+
+    Args:
+        directory: of the new store, empty.
+    Returns: size and sha256 of the full shards by name.
+    """
+    with UserStore.open(previous) as store:
+        store.link_into(directory, apart=user_id)
+    with UserStore.open(directory, write=True) as store:
+        store.forget(user_id)
         full = store.full_shards()
     (directory / LOCK).unlink()
     return full

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from prlhf.errors import CheckpointError
@@ -122,13 +123,20 @@ class RowShards:
                 if path not in kept:
                     path.unlink()
 
-    def link_into(self, directory: Path, num_slots: int) -> dict[str, tuple[int, str]]:
-        """Hard-link full shards and copy the one that is being filled; returns size and sha256 by name."""
+    def link_into(
+        self, directory: Path, num_slots: int, *, apart: Collection[int] = ()
+    ) -> dict[str, tuple[int, str]]:
+        """Hard-link full shards and copy the one that is being filled; returns size and sha256 by name.
+
+        Args:
+            apart: slots whose shards are copied, too.
+        """
+        copied = {slot // self.rows_per_shard for slot in apart}
         files = {}
         for number, size in self.sizes(num_slots).items():
             source = self.path(number)
             target = directory / source.name
-            if number in self.finished:
+            if number in self.finished and number not in copied:
                 _link_or_copy(source, target)
             else:
                 shutil.copyfile(source, target)

@@ -208,31 +208,33 @@ class UserStore:
         self._check_writable()
         key = _encode(user_id)
         with self._transaction("IMMEDIATE"):
-            known = self._db.execute("SELECT slot FROM users WHERE id = ?", (key,)).fetchall()
-            older = self._db.execute("SELECT slot FROM older WHERE id = ?", (key,)).fetchall()
+            slots = self._all_slots(key)
             self._db.execute("INSERT OR IGNORE INTO tombstones VALUES (?)", (self._tombstone(key),))
-            self._db.executemany("INSERT INTO erasures VALUES (?)", known + older)
-            self._db.execute("DELETE FROM users WHERE id = ?", (key,))
+            self._db.executemany("INSERT INTO erasures VALUES (?)", ((slot,) for slot in slots))
+            known = self._db.execute("DELETE FROM users WHERE id = ?", (key,)).rowcount
             self._db.execute("DELETE FROM older WHERE id = ?", (key,))
-            self._db.execute("UPDATE counts SET num_users = num_users - ?", (len(known),))
+            self._db.execute("UPDATE counts SET num_users = num_users - ?", (known,))
         with _plain_errors(self.directory):
             self._finish_erasures()
-        return len(known) + len(older)
+        return len(slots)
 
     def is_forgotten(self, user_id: str) -> bool:
         """Whether `forget` was told this id."""
         with _plain_errors(self.directory):
             return self._has_tombstone(_encode(user_id))
 
-    def link_into(self, directory: Path) -> dict[str, tuple[int, str]]:
+    def link_into(self, directory: Path, *, apart: str | None = None) -> dict[str, tuple[int, str]]:
         """This store as it is now, in another directory that has none: full shards hard-linked, the rest copied.
 
+        Args:
+            apart: a user whose shards are copied, too, so that to forget the user there changes nothing here.
         Returns: size and sha256 of each file by name; full shards are not read for it.
         """
         with self._transaction("DEFERRED"), _plain_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             self._notice_new_shards()
-            files = self._shards.link_into(directory, self._num_slots())
+            slots = [] if apart is None else self._all_slots(_encode(apart))
+            files = self._shards.link_into(directory, self._num_slots(), apart=slots)
             copy = sqlite3.connect(directory / INDEX)
             self._db.backup(copy)
             copy.close()
@@ -326,6 +328,10 @@ class UserStore:
     def _slot(self, key: bytes) -> int | None:
         found = self._db.execute("SELECT slot FROM users WHERE id = ?", (key,)).fetchone()
         return None if found is None else found[0]
+
+    def _all_slots(self, key: bytes) -> list[int]:
+        query = "SELECT slot FROM users WHERE id = ?1 UNION ALL SELECT slot FROM older WHERE id = ?1"
+        return [slot for (slot,) in self._db.execute(query, (key,))]
 
     def _num_slots(self) -> int:
         return self._value("SELECT num_slots FROM counts")

@@ -5,69 +5,26 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from prlhf.adapt.forget import forget_user
 from prlhf.cli import main
-from prlhf.data.context import collate_contexts
 from prlhf.engine.run_dir import RunDir
 from prlhf.engine.tombstones import refuse_forgotten
 from prlhf.engine.trainer import train
 from prlhf.errors import CheckpointError, DataError, RunDirError
 from prlhf.files import find_damage, seal_directory
-from prlhf.models import PersonalizedModel, load_model, load_policy
+from prlhf.models import load_model, load_policy
+from tests.forget_run import CANARY_TEXT, bytes_of, contents, killed_at, logits_of, make_run
 from tests.saved_policies import checkpoint_of, save_policy
 from tests.tiny_run import Crash, Tiny, at_step, crash, opposed_records, preference_record, write_jsonl
 
-CANARY_TEXT = "My parrot is called Zebedee-4711."
 KINDS = ["uniform", "individual", "cluster", "low_rank", "text", "history"]
-
-
-def make_run(run_dir: Path, user: str, **settings: Any) -> tuple[list[str], Path]:
-    """A run of three users with all that a run may hold, and its data; the user stands in the middle."""
-    users = ["ann", user, "bob"]
-    save_policy(run_dir, user_ids=users, **settings)
-    contexts = checkpoint_of(run_dir) / "contexts.json"
-    if contexts.exists():
-        known = json.loads(contexts.read_text())
-        known[user]["text"] = CANARY_TEXT
-        contexts.write_text(json.dumps(known))
-        seal_directory(checkpoint_of(run_dir))
-    (run_dir / "config.yaml").write_text("name: tiny\n")
-    for folder in ("eval", "samples"):
-        (run_dir / folder).mkdir()
-    scores = {name: {"accuracy": 0.5, "num_rows": 2} for name in users}
-    figures = {"step": 7, "per_user": scores, "words": {"per_user": dict.fromkeys(users, 9.0)}, "accuracy": {"mean": 1}}
-    for name in ("final", "step-00000003"):
-        (run_dir / "eval" / f"{name}.json").write_text(json.dumps(figures))
-    asked = [(name, prompt) for name in users for prompt in ("Tea?", CANARY_TEXT)]
-    samples = [{"user_id": name, "prompt": prompt, "response": "Yes."} for name, prompt in asked]
-    for name in ("policy", "reference"):
-        write_jsonl(run_dir / "samples" / f"{name}.jsonl", samples)
-    write_jsonl(run_dir / "metrics.jsonl", [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "worst": user}])
-    (run_dir / "STATUS.json").write_text(json.dumps({"status": "failed", "error": f"user '{user}' is odd"}))
-    (run_dir / "report.html").write_text(f"<td>{user}</td>")
-    data = run_dir.parent / "data"
-    data.mkdir()
-    write_jsonl(data / "train.jsonl", [
-        {**preference_record("tea", name, prefers_short=True), "prompt": CANARY_TEXT if name == user else "Tea?"}
-        for name in users
-    ])
-    (data / "users.json").write_text(json.dumps({name: {"split": "seen"} for name in users}))
-    return users, data
-
-
-def bytes_of(root: Path) -> bytes:
-    return b"\n".join(path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file())
 
 
 def rows_of(checkpoint: Path, place: int, num_users: int) -> list[bytes]:
@@ -76,16 +33,6 @@ def rows_of(checkpoint: Path, place: int, num_users: int) -> list[bytes]:
     tables = [tensor for name, tensor in tensors.items() if "offsets" in name or "weights" in name]
     rows = [table[place + len(table) - num_users] for table in tables if table.dim() > 1]
     return [row.numpy().tobytes() for row in rows]
-
-
-@torch.no_grad()
-def logits_of(model: PersonalizedModel, user_id: str | None) -> Tensor:
-    index = 0 if user_id is None else model.users.index(user_id)
-    context = None
-    if model.contexts is not None and user_id is not None:
-        context = collate_contexts([model.contexts.of_user(user_id, "")], 0)
-    embeds = model.input_embeds(torch.tensor([[0, 9, 40, 7]]), torch.tensor([index]), context)
-    return model.backbone(inputs_embeds=embeds, use_cache=False).logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,39 +115,6 @@ def test_the_only_user_damaged_checkpoints_and_running_trainings_are_refused(tmp
     assert not (tmp_path / "two" / "run" / "tombstones.json").exists()
 
 
-@contextmanager
-def killed_at(point: int) -> Iterator[list[int]]:
-    """Inside, the `point`-th flush, rename or removal does not happen, nor anything after it."""
-    count = [0]
-
-    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def maybe(*args: Any, **options: Any) -> Any:
-            count[0] += 1
-            if count[0] > point:
-                raise Crash
-            return call(*args, **options)
-
-        return maybe
-
-    with (
-        mock.patch("os.fsync", counted(lambda descriptor: None)),  # a real one takes long
-        mock.patch.object(Path, "rename", counted(Path.rename)),
-        mock.patch.object(Path, "replace", counted(Path.replace)),
-        mock.patch.object(Path, "unlink", counted(Path.unlink)),
-        mock.patch("shutil.rmtree", counted(shutil.rmtree)),
-    ):
-        yield count
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Files by name; tombstones and receipts, whose key is random, left out."""
-    return {
-        str(path.relative_to(root)): path.read_bytes()
-        for path in sorted(root.rglob("*"))
-        if path.is_file() and not path.name.startswith(("tombstones", "forgotten", ".lock"))
-    }
-
-
 @pytest.mark.parametrize(
     ("whole", "stride"),
     [
@@ -255,7 +169,7 @@ def test_a_user_added_to_frozen_weights_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_a_folder_inside_a_checkpoint_is_refused_before_anything_goes(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "cat")
-    (checkpoint_of(tmp_path / "run") / "users").mkdir()
+    (checkpoint_of(tmp_path / "run") / "mine").mkdir()
     with pytest.raises(CheckpointError, match="cannot clean; nothing was changed"):
         forget_user(tmp_path / "run", "cat")
     assert not (tmp_path / "run" / "tombstones.json").exists()
