@@ -87,7 +87,9 @@ def load_model(folder: Path, *, adapter: bool = True) -> Any:
     config = folder / "adapter_config.json"
     if not config.is_file():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    model: Any = AutoModelForCausalLM.from_pretrained(read_json(config)["base_model_name_or_path"], dtype=dtype)
+    base = read_json(config)["base_model_name_or_path"]
+    inside = folder / base  # where the base came along; a whole path stays itself
+    model: Any = AutoModelForCausalLM.from_pretrained(inside if inside.is_dir() else base, dtype=dtype)
     if adapter:
         from peft import PeftModel
 

@@ -12,12 +12,13 @@ from prlhf.errors import ConfigError
 from prlhf.files import fsync_path, publish_directory, read_json, write_json_atomic, write_text_atomic
 from prlhf.models import PersonalizedPolicy, load_policy
 from prlhf.models.assemble import STATE, PolicySpec, resolve_checkpoint, spec_from_dict
-from prlhf.models.backbone import BUILTIN_SCRATCH, DTYPES, resolve_backbone
+from prlhf.models.backbone import BUILTIN_SCRATCH, BUILTIN_TINY, DTYPES, builtin_model_dir, resolve_backbone
 from prlhf.models.lora import adapter_targets, lora_state_dict, merge_lora_
 from prlhf.serving.answer import ABOUT, TABLE
 from prlhf.serving.model_card import model_card
 
 SCRIPT = "answer.py"
+BASE = "base"
 
 
 def export_checkpoint(checkpoint: Path, kind: str, out: Path) -> None:
@@ -25,7 +26,7 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path) -> None:
 
     Beside the model: `user_prompts.safetensors`, the soft prompts "generic" (T, D) and "users" (U, T, D) in the
     model's type; `export.json`, their ids in that order; `answer.py`, which answers a user from these files alone;
-    the tokenizer; a model card.
+    the tokenizer; a model card; and beside an adapter of the built-in model that model, in `base/`.
 
     Args:
         kind: "peft", "merged" or "vllm" (the adapter and how to serve it).
@@ -49,9 +50,8 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path) -> None:
         _write_adapter(policy, spec, temporary)
     policy.tokenizer.save_pretrained(temporary)
     shutil.copyfile(Path(__file__).with_name(SCRIPT), temporary / SCRIPT)
-    base = "" if kind == "merged" else base_location(spec)
-    write_text_atomic(temporary / "README.md", model_card(directory, state, policy, kind, base=base))
-    for path in temporary.iterdir():
+    write_text_atomic(temporary / "README.md", model_card(directory, state, policy, kind, base=base_location(spec)))
+    for path in temporary.rglob("*"):
         fsync_path(path)
     publish_directory(temporary, out)
 
@@ -102,9 +102,16 @@ def _write_adapter(policy: PersonalizedPolicy, spec: PolicySpec, folder: Path) -
     )
     tensors = {name: tensor.contiguous() for name, tensor in lora_state_dict(policy.backbone).items()}
     save_file(tensors, folder / "adapter_model.safetensors")
+    if spec.backbone == BUILTIN_TINY:
+        shutil.copytree(builtin_model_dir(), folder / BASE, copy_function=shutil.copyfile)
 
 
 def base_location(spec: PolicySpec) -> str:
-    """Where transformers finds the base model: a hub id, or a folder's whole path."""
+    """Where transformers finds the base model: a hub id, a folder's whole path, or `base`, which the export holds.
+
+    PEFT and transformers read a relative path from where they are called, so `base` is found from inside the export.
+    """
+    if spec.backbone == BUILTIN_TINY:
+        return BASE
     folder = resolve_backbone(spec.backbone)
     return str(folder.resolve()) if isinstance(folder, Path) else folder

@@ -21,7 +21,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r},
 ```""",
     "merged": '`AutoModelForCausalLM.from_pretrained("THIS FOLDER", dtype={dtype!r})` reads the folder.',
     "vllm": """```
-vllm serve {base} --dtype {dtype} --enable-lora --max-lora-rank {rank} --enable-prompt-embeds \\
+vllm serve "{base}" --dtype {dtype} --enable-lora --max-lora-rank {rank} --enable-prompt-embeds \\
     --lora-modules {name}="THIS FOLDER"
 python answer.py --prompt "..." --user ID --server http://127.0.0.1:8000 --model {name}
 ```
@@ -49,13 +49,15 @@ def model_card(
     Args:
         state: the checkpoint's state.json.
         kind: peft, merged or vllm.
-        base: where transformers finds the base model.
+        base: where transformers finds the base model, from inside the export where that holds it; unused for merged.
     """
     spec = state["policy"]
     is_builtin = spec["backbone"].startswith("builtin:")
     run = checkpoint.resolve().parents[1] if checkpoint.resolve().parent.name == "checkpoints" else checkpoint
     rank = next((size for size in VLLM_RANKS if size >= (spec["lora_rank"] or 0)), VLLM_RANKS[-1])
-    use = USES[kind].format(base=base, dtype=spec["dtype"], rank=rank, name=run.name)
+    where = f"THIS FOLDER/{base}" if is_builtin else base
+    use = USES[kind].format(base=where, dtype=spec["dtype"], rank=rank, name=run.name)
+    place = _place(base, kind, is_builtin=is_builtin)
     final = final_beside(checkpoint)
     front = {
         "license": "apache-2.0" if is_builtin else "other",
@@ -73,7 +75,7 @@ A language model that answers each of its users in that user's way, trained with
 
 ## Base
 
-`{spec["backbone"]}`, weights sha256 `{state["base_sha256"]}`, in {spec["dtype"]}; {_trained(spec)}.
+`{spec["backbone"]}`, weights sha256 `{state["base_sha256"]}`, in {spec["dtype"]}; {_trained(spec)}.{place}
 
 ## Data
 
@@ -97,6 +99,21 @@ A language model that answers each of its users in that user's way, trained with
 
 {_privacy(policy)}
 """
+
+
+def _place(base: str, kind: str, *, is_builtin: bool) -> str:
+    """What to do about the base where this folder is taken elsewhere."""
+    if kind == "merged":
+        return ""
+    if is_builtin:
+        return f"""
+It lies in `{base}/`. `adapter_config.json` names it by that relative path, which PEFT reads from where Python runs:
+`AutoPeftModelForCausalLM.from_pretrained(".")` works inside this folder, the lines below anywhere."""
+    if Path(base).is_absolute():
+        return """
+It is a folder of the machine that wrote this one and is not in here. Elsewhere, bring it along and put its new path
+into `adapter_config.json` (`base_model_name_or_path`) and into the lines below."""
+    return ""
 
 
 def _trained(spec: Mapping[str, Any]) -> str:

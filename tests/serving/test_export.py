@@ -19,6 +19,7 @@ from prlhf.data.context import collate_contexts
 from prlhf.data.tokenize import encode_prompt
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models import PersonalizedPolicy
+from prlhf.models.backbone import builtin_model_dir, hash_state
 from prlhf.models.lora import lora_state_dict
 from prlhf.serving import answer
 from prlhf.serving.export import export_checkpoint
@@ -82,6 +83,40 @@ def test_peft_finds_the_layers_of_named_targets(targets: tuple[str, ...], tmp_pa
     model = answer.load_model(tmp_path / "out")
     assert sum("lora_A" in name for name, _ in model.named_parameters()) == len(lora_state_dict(policy.backbone)) / 2
     _assert_same(policy, model, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def builtin_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[PersonalizedPolicy, Path]:
+    """An adapter of the built-in model, in a folder that is no longer where it was written."""
+    root = tmp_path_factory.mktemp("builtin")
+    policy = save_policy(root / "run", backbone="builtin:tiny")
+    export_checkpoint(root / "run", "peft", root / "out")
+    (root / "elsewhere").mkdir()
+    return policy, (root / "out").rename(root / "elsewhere" / "out")
+
+
+def test_an_adapter_of_the_built_in_model_brings_its_base_and_names_no_folder_of_this_machine(
+    builtin_export: tuple[PersonalizedPolicy, Path],
+) -> None:
+    policy, out = builtin_export
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert hash_state(answer.load_model(out, adapter=False)) == policy.base_sha256
+    files = [path for path in out.rglob("*") if path.is_file()]
+    places = [str(builtin_model_dir()).encode(), str(out.parents[1]).encode()]
+    assert [path.name for path in files if any(place in path.read_bytes() for place in places)] == []
+    assert '"THIS FOLDER/base"' in (out / "README.md").read_text().replace("'", '"')
+
+
+@pytest.mark.peer("peft")
+def test_peft_finds_the_base_that_came_along(
+    builtin_export: tuple[PersonalizedPolicy, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    policy, out = builtin_export
+    _assert_same(policy, answer.load_model(out), out)
+    monkeypatch.chdir(out)
+    _assert_same(policy, AutoPeftModelForCausalLM.from_pretrained(".", dtype=torch.float32).eval(), out)
 
 
 def test_an_adapter_export_has_pefts_keys_and_names_and_no_others(tmp_path: Path) -> None:
@@ -201,6 +236,7 @@ def test_the_card_says_what_a_stranger_must_know(tmp_path: Path) -> None:
         assert "`data/mine`, 12 training rows" in card and "LoRA of rank 2; user model individual" in card
         assert "right after BOS" in card and "personal data" in card and "## Licence" in card
         assert USER_IDS[1] not in card
+        assert ("a folder of the machine that wrote this one" in card) == (kind != "merged")
         assert AutoTokenizer.from_pretrained(tmp_path / kind).eos_token_id == 1
     assert "--max-lora-rank 8" in card and "--enable-prompt-embeds" in card
 
