@@ -11,9 +11,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from prlhf.data.collate import collate_responses
+from prlhf.data.records import GENERIC_USER_ID
+from prlhf.data.tokenize import TokenizedResponse
 from prlhf.distributed import all_reduce_any, world_size
 from prlhf.engine.step import Model
 from prlhf.errors import ConfigError, ModelError
+from prlhf.models.packing import Term
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
 
@@ -39,6 +43,7 @@ def shard_(model: Model, *, precision: str, max_tokens: int) -> None:
         raise ConfigError(f"train.parallel: got fsdp on {model.device.type}, expected cuda or cpu; use ddp")
     for part in _policies_of(model):
         _shard_one_(part, precision)
+        _pass_once(part)
         if all_reduce_any(part.packing is None):  # each rank has tried for itself whether its backbone reads packs
             part.packing = None
         if part.packing is not None and part.packing.window is not None and part.packing.window < max_tokens:
@@ -61,6 +66,15 @@ def _shard_one_(model: PersonalizedModel, precision: str) -> None:
         # The loss is divided by the rows of the global step, so gradients are summed; the default is their mean.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+
+
+@torch.no_grad()
+def _pass_once(model: PersonalizedModel) -> None:
+    """torch prepares parts in the first pass of all, which must be the root's; generation reads the backbone alone."""
+    batch = collate_responses([TokenizedResponse(0, GENERIC_USER_ID, (0,), (0,))], pad_id=0).to(model.device)
+    model.term_values(batch, [Term(None, None, shared=True)])
+    for module in _sharded_modules(model):
+        module.reshard()
 
 
 def decoder_blocks(backbone: nn.Module) -> list[nn.Module]:

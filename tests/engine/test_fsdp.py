@@ -18,10 +18,11 @@ from prlhf.config import Config
 from prlhf.engine import fsdp
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import RunIdentity, load_checkpoint_, save_checkpoint
-from prlhf.engine.fsdp import decoder_blocks, shard_
+from prlhf.engine.fsdp import decoder_blocks, shard_, whole_weights
 from prlhf.engine.trainer import batches_of_step, train
 from prlhf.errors import ConfigError, ModelError, Preempted
 from prlhf.evaluation.report import load_final
+from prlhf.generation import SamplingOptions, generate
 from prlhf.models.packing import Packing
 from prlhf.sharding import is_sharded
 from tests.engine.cuts import (
@@ -85,6 +86,7 @@ def run_sharded(tiny: Tiny, folder: Path) -> None:
     save(folder, "layout", layout_of(build_job(tiny.config(**SHARDED))))
     save(folder, "window", packs_beyond_a_window(tiny))
     save(folder, "passes", idle_passes(tiny))
+    save(folder, "answered", gradients_after_an_answer(tiny))
     rewrite_checkpoint(resumable(tiny, **SHARDED), folder / "begun-lora", folder / "again-lora")
 
 
@@ -128,6 +130,14 @@ def idle_passes(tiny: Tiny) -> list[list[bool]]:
     """Of the micro-batches of a full step and of one with a single row: whether each is idle."""
     job = build_job(cut_config(tiny, "pdpo_individual", **UNEVEN, **SHARDED))
     return [[batch.is_idle for batch in batches_of_step(job, step)[0]] for step in (FULL_STEP, RAGGED_STEP)]
+
+
+def gradients_after_an_answer(tiny: Tiny) -> dict[str, Tensor]:
+    """Of a full step, when the first thing that the model did was to answer."""
+    job = perturbed_job(cut_config(tiny, "pdpo_individual", **UNEVEN, **SHARDED))
+    with whole_weights(job.model):
+        generate(job.model, ["Why?"], [1], options=SamplingOptions(max_new_tokens=2))
+    return gradients_of(job, *batches_of_step(job, FULL_STEP))
 
 
 def rewrite_checkpoint(config: Config, source: Path, target: Path) -> None:
@@ -195,6 +205,13 @@ def test_bf16_shards_have_nearly_the_float32_gradient(
         assert not torch.equal(flat, flat_exact)
         assert F.cosine_similarity(flat, flat_exact, dim=0) > 0.98
         assert float(flat.norm()) == pytest.approx(float(flat_exact.norm()), rel=0.05)
+
+
+def test_a_model_may_answer_before_it_is_trained(tiny: Tiny, sharded: Path) -> None:
+    job = perturbed_job(cut_config(tiny, "pdpo_individual", **UNEVEN))
+    expected = gradients_of(job, *batches_of_step(job, FULL_STEP))
+    for actual in read(sharded, "answered"):
+        assert_same(actual, expected)
 
 
 def test_backbone_is_split_and_users_are_whole(sharded: Path) -> None:
