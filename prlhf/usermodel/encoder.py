@@ -40,12 +40,14 @@ class EncoderUserModel(UserModel):
         self.hidden_dim = hidden_dim
         self.seed = seed
         self.generic = nn.Parameter(torch.zeros(num_user_tokens, dim))
-        shapes = {**self.layer_shapes(), "heads": (num_user_tokens, hidden_dim, dim)}
+        shapes: dict[str, tuple[int, ...]] = {**self.layer_shapes(), "heads": (num_user_tokens, hidden_dim, dim)}
+        if self.centered:
+            shapes["bias"] = (num_user_tokens, hidden_dim)
         self.encoder = nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes.items()})
 
     @abstractmethod
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
-        """Name -> (outputs, inputs) of each parameter of g but the heads."""
+        """Name -> (outputs, inputs) of each matrix of g that starts as a random draw."""
 
     @abstractmethod
     def features(self, tokens: Tensor, context: UserContext) -> Tensor:
@@ -64,8 +66,8 @@ class EncoderUserModel(UserModel):
         hidden = F.linear(self.features(self._tokens(context), context), self.encoder["layer"])
         if self.centered:
             hidden = hidden + self.encoder["bias"]
-        is_known = (context.lengths > 0).any(dim=1)[:, None, None]
-        hidden = (torch.tanh(hidden) * is_known).expand(-1, self.num_user_tokens, -1)
+        hidden = torch.tanh(hidden) * _is_known(context)[:, None, None]
+        hidden = hidden.expand(-1, self.num_user_tokens, -1)
         return torch.einsum("bth,thd->btd", hidden, self.encoder["heads"])
 
     def _tokens(self, context: UserContext) -> Tensor:
@@ -97,7 +99,7 @@ class EncoderUserModel(UserModel):
         Args:
             contexts: of users, at least one in all; those without a context are left out.
         """
-        parts = [self.features(self._tokens(c), c)[(c.lengths > 0).any(dim=1)] for c in contexts]
+        parts = [self.features(self._tokens(c), c)[_is_known(c)] for c in contexts]
         features = torch.cat(parts)  # (N, T or 1, F)
         if len(features) < 2:
             return
@@ -114,3 +116,8 @@ class EncoderUserModel(UserModel):
         layer[:most][kept.to(layer.device)] = (directions / deviations).T[kept].to(layer)
         if self.centered:
             self.encoder["bias"].copy_(-F.linear(mean, layer))
+
+
+def _is_known(context: UserContext) -> Tensor:
+    """(B,), whether there is anything to read."""
+    return (context.lengths > 0).any(dim=1)

@@ -24,11 +24,7 @@ class TextUserModel(EncoderUserModel):
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         """Queries and one layer."""
-        return {
-            "queries": (self.num_user_tokens, self.dim),
-            "layer": (self.hidden_dim, self.dim),
-            "bias": (self.num_user_tokens, self.hidden_dim),
-        }
+        return {"queries": (self.num_user_tokens, self.dim), "layer": (self.hidden_dim, self.dim)}
 
     def features(self, tokens: Tensor, context: UserContext) -> Tensor:
         """(B, T, D) of the tokens (B, 1, L, D) of one text a row."""
