@@ -116,7 +116,10 @@ def test_peft_finds_the_base_that_came_along(
     policy, out = builtin_export
     _assert_same(policy, answer.load_model(out), out)
     monkeypatch.chdir(out)
-    _assert_same(policy, AutoPeftModelForCausalLM.from_pretrained(".", dtype=torch.float32).eval(), out)
+    model = AutoPeftModelForCausalLM.from_pretrained(".", dtype=torch.float32).eval()
+    _assert_same(policy, model, out)
+    base = answer.load_model(out, adapter=False)
+    assert not torch.allclose(_theirs(base, out, IDS, "ann"), _theirs(model, out, IDS, "ann"), atol=1e-2)
 
 
 def test_an_adapter_export_has_pefts_keys_and_names_and_no_others(tmp_path: Path) -> None:
