@@ -116,6 +116,14 @@ def find_damage(directory: Path) -> list[str]:
     return damage
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the disk has no hard links or is another one."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def publish_directory(temporary: Path, final: Path) -> None:
     """Rename a sealed directory into its place and flush the parent."""
     temporary.rename(final)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +15,14 @@ from prlhf.data.quoting import quote
 from prlhf.data.records import UserIndex
 from prlhf.errors import DataError
 from prlhf.evaluation.samples import GENERIC
-from prlhf.files import MANIFEST, publish_directory, remove_directories, seal_directory, write_json_atomic
+from prlhf.files import (
+    MANIFEST,
+    link_or_copy,
+    publish_directory,
+    remove_directories,
+    seal_directory,
+    write_json_atomic,
+)
 from prlhf.models.assemble import CONTEXTS, USER_IDS, USERS, read_tensors
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.user_rows import STORE, write_rows
@@ -68,7 +74,7 @@ def write_with_users(
         changed = {MANIFEST, USER_IDS, *([table] if states else []), *([CONTEXTS] if facts else [])}
         for path in sorted(checkpoint.iterdir()):
             if path.name not in changed and not path.name.startswith(NOT_TAKEN):
-                _link(path, temporary / path.name)
+                link_or_copy(path, temporary / path.name)
         write_json_atomic(temporary / USER_IDS, {"user_ids": [*model.users.user_ids, *(states or facts)]})
         if facts:
             assert model.contexts is not None
@@ -104,10 +110,3 @@ def _table_name(model: PersonalizedModel) -> str:
     assert model.user_encoder is not None
     table = model.user_encoder.table
     return next(name for name, parameter in model.user_encoder.named_parameters() if parameter is table)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)

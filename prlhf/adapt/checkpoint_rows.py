@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +21,7 @@ from prlhf.files import (
     MANIFEST,
     find_damage,
     fsync_path,
+    link_or_copy,
     publish_directory,
     read_json,
     remove_directories,
@@ -102,7 +102,7 @@ def remove_user(checkpoint: Path, user_id: str) -> None:
             changed = [name for name in shards if not (path / name).is_file()]
             _share(new / STORE, changed, checkpoint.parent.glob(f"step-*/{STORE}"))
         elif path.name not in (MANIFEST, LOCK) and not path.name.startswith("."):
-            _link(path, new / path.name)
+            link_or_copy(path, new / path.name)
     seal_directory(new, {f"{STORE}/{name}": entry for name, entry in shards.items()})
     for path in unsealed:  # they change while the rest does not
         shutil.copyfile(path, new / path.name)
@@ -181,12 +181,5 @@ def _share(folder: Path, names: Iterable[str], others: Iterable[Path]) -> None:
         for twin in (other / name for other in others):
             if twin.is_file() and not twin.is_symlink() and filecmp.cmp(twin, folder / name, shallow=False):
                 (folder / name).unlink()
-                _link(twin, folder / name)
+                link_or_copy(twin, folder / name)
                 break
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a disk without links
-        shutil.copyfile(source, target)
