@@ -244,7 +244,8 @@ def _make_reference(job: Job, cache: Path, stop: StopFlag) -> Callable[[Batch], 
     needed = job.sampler.rows_of_first_steps(job.max_steps)
     microbatch_tokens = job.config.train.microbatch_tokens
     precision: str = job.config.train.precision
-    if any(map(is_sharded, job.model.parameters())):  # bf16 weights, where there are fp32 ones under autocast
+    # Gathered weights are bf16, where those of ddp are fp32 under autocast; in fp32 they are the same.
+    if precision == "bf16" and any(map(is_sharded, job.model.parameters())):
         precision += " fsdp"
     identity = {
         "weights": job.model.base_sha256,
