@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ HANG_AFTER_S = 3.0  # forks have nothing to wait for
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: its exit code, all that its ranks and it wrote, seconds."""
+    """How a command ended: its exit code, all that its ranks and it wrote, seconds, whether a kill met its rank."""
 
     code: int
     text: str
     seconds: float
+    killed: bool
 
     @property
     def errors(self) -> list[str]:
@@ -74,6 +76,7 @@ class Bench:
         log, began = self.folder / f"{name}.log", time.perf_counter()
         log.write_text("")
         killers: list[ForkedProcess] = []
+        victims: list[ForkedProcess] = []
 
         def start(environment: Mapping[str, str]) -> ForkedProcess:
             """One rank."""
@@ -81,6 +84,7 @@ class Bench:
             child = fork_training(argv, {**environment, VARIABLE: fault}, log, file_limit, obeys_permissions)
             if kill is not None and environment["RANK"] == str(kill[0]) and not killers:
                 killers.append(kill_later(child.pid, kill[1], log))
+                victims.append(child)
             return child
 
         limits = {"num_ranks": num_ranks, "max_restarts": max_restarts}
@@ -92,7 +96,8 @@ class Bench:
         for killer in killers:
             killer.terminate()
             killer.wait()
-        return Outcome(code, log.read_text(errors="replace") + message, time.perf_counter() - began)
+        killed = any(victim.poll() == -signal.SIGKILL for victim in victims)
+        return Outcome(code, log.read_text(errors="replace") + message, time.perf_counter() - began, killed)
 
     def train_apart(self, name: str, **options: Any) -> ForkedProcess:
         """As `train`, in a process of its own, whose exit code is the command's."""

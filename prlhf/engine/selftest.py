@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prlhf.engine.tiny_job import NUM_STEPS
-from prlhf.errors import ConfigError
+from prlhf.errors import ConfigError, RankError
 
 if TYPE_CHECKING:  # imports torch and transformers
     from prlhf.engine.fault_bench import Bench
@@ -105,13 +105,16 @@ def _kill(
     Args:
         life_s: how long such a run is thought to take; when one has ended first, that one's time is taken from then on.
     Returns: (which rank was killed and when, or None after MAX_TRIES runs that ended first; the time of a run now).
+    Raises: RankError: a run failed without having been killed.
     """
     for _ in range(MAX_TRIES):
         bench.remove(name)
         rank, after_s = draw.randrange(num_ranks), draw.uniform(0, life_s)
         outcome = bench.train(name, num_ranks=num_ranks, kill=(rank, after_s))
-        if outcome.code:
+        if outcome.killed:
             return f"rank {rank} killed after {after_s:.2f} s", life_s
+        if outcome.code:
+            raise RankError(f"a run that nothing killed ended with exit code {outcome.code}: {outcome.text}")
         life_s = outcome.seconds
     return None, life_s
 
@@ -141,7 +144,7 @@ def _disturb(bench: Bench, name: str, num_ranks: int, draw: random.Random) -> st
     if draw.random() < 0.5:
         after_s = draw.uniform(0, bench.whole_seconds(num_ranks))
         outcome = bench.train(name, num_ranks=num_ranks, kill=(rank, after_s))
-        return f"rank {rank} killed after {after_s:.2f} s" if outcome.code else ""
+        return f"rank {rank} killed after {after_s:.2f} s" if outcome.killed else ""
     step = draw.randint(1, NUM_STEPS)
     fault = f"{draw.choice(RANDOM_POINTS)}:{step}:{rank}:{draw.choice(RANDOM_ACTIONS)}"
     return fault if bench.train(name, num_ranks=num_ranks, fault=fault).code else ""

@@ -12,7 +12,7 @@ import pytest
 from prlhf.engine import selftest
 from prlhf.engine.fault_bench import Bench, Outcome
 from prlhf.engine.fault_matrix import Row, fault_rows
-from prlhf.errors import ConfigError
+from prlhf.errors import ConfigError, RankError
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ class Forgetful:
         return 1.0
 
     def train(self, name: str, **options: Any) -> Outcome:
-        return Outcome(1, "", 0.1)
+        return Outcome(1, "", 0.1, killed=True)
 
     def differences(self, name: str, num_ranks: int) -> list[str]:
         return ["resume: other weights"]
@@ -72,7 +72,7 @@ class Quick(Forgetful):
 
     def train(self, name: str, **options: Any) -> Outcome:
         self.moments.append(options["kill"][1])
-        return Outcome(int(options["kill"][1] < 1.0), "", 1.0)
+        return Outcome(int(options["kill"][1] < 1.0), "", 1.0, killed=options["kill"][1] < 1.0)
 
     def differences(self, name: str, num_ranks: int) -> list[str]:
         return []
@@ -89,9 +89,16 @@ def test_a_kill_that_came_too_late_is_tried_again_within_the_time_that_a_run_tak
 
 def test_a_kill_that_never_lands_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
     bench: Any = Quick()
-    bench.train = lambda name, **options: Outcome(0, "", 1.0)
+    bench.train = lambda name, **options: Outcome(0, "", 1.0, killed=False)
     assert selftest.kill_at_random(bench, 2, num_ranks=1, seed=0) == 1
     assert "0 of 2 kills landed before the end (checkpoints by then: none), 2 of 2 ended" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_by_itself_does_not_count_as_killed() -> None:
+    bench: Any = Quick()
+    bench.train = lambda name, **options: Outcome(1, "error: a bug", 1.0, killed=False)
+    with pytest.raises(RankError, match="nothing killed ended with exit code 1: error: a bug"):
+        selftest.kill_at_random(bench, 1, num_ranks=1, seed=0)
 
 
 def test_other_weights_are_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
