@@ -68,6 +68,10 @@ class ModelConfig:
 class UserConfig:
     """The user model; `num_clusters` is read for `cluster`, `rank` for `low_rank`, `init_range` for `init: uniform`.
 
+    Soft prompts start as random tokens (`vocabulary`), random numbers (`uniform`) or `init_texts`, which say in words
+    how users may want their answers: each shared soft prompt starts as one of them, a single one as their mean. An
+    encoder with texts makes users mixtures of as many shared soft prompts; without, offsets from the generic one.
+
     Of the encoders `text` reads `user_text`, and `history` up to `history_pairs` pairs that the user has judged; the
     width of either is `encoder_dim`, and a text or response is cut to `context_tokens`. `prior` is the precision of a
     Gaussian prior on what sets a user apart from the generic one (individual: o_i, low_rank: w_i).
@@ -81,8 +85,9 @@ class UserConfig:
     context_tokens: int = 256
     history_pairs: int = 8
     prior: float = 0.0
-    init: Literal["vocabulary", "uniform"] = "vocabulary"
+    init: Literal["vocabulary", "uniform", "texts"] = "vocabulary"
     init_range: float = 0.5
+    init_texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ _SHARE_BELOW_ONE: _Limit = (lambda value: 0 <= value < 1, "a number from 0 to be
 PERSONAL_METHODS = ("pdpo", "prm")
 USER_KINDS = ("uniform", "individual", "cluster", "low_rank", "text", "history")
 SHRUNK_KINDS = ("individual", "low_rank")
+ENCODER_KINDS = ("text", "history")
 REFERENCE_FREE_KINDS = ("simpo", "orpo")
 # Settings of the loss that some kinds alone read; with any other kind they keep their defaults.
 _KINDS_OF_SETTING = {
@@ -119,6 +120,7 @@ def _contradictions(config: Any) -> Iterator[Problem]:
     if user.prior > 0 and user.kind not in SHRUNK_KINDS:
         text = f"got {user.prior} with user.kind {user.kind}, expected 0: only {' and '.join(SHRUNK_KINDS)} have one"
         yield Problem(("user.prior", "user.kind"), text)
+    yield from _misfits_of_texts(user)
     if config.method in ("rm", "prm"):
         for key, value, expected in (
             ("loss.label_smoothing", loss.label_smoothing, 0),
@@ -142,3 +144,19 @@ def _contradictions(config: Any) -> Iterator[Problem]:
         text = f"got {data.max_prompt_tokens} and {user_tokens} user tokens, expected room for a response in "
         text += f"data.max_tokens, which is {data.max_tokens}"
         yield Problem(("data.max_prompt_tokens", "data.max_tokens", "user.num_user_tokens", "user.kind"), text)
+
+
+def _misfits_of_texts(user: Any) -> Iterator[Problem]:
+    """What keeps the soft prompts from starting as `init_texts`."""
+    count = len(user.init_texts)
+    if (user.init == "texts") != (count > 0):
+        text = f"got {user.init} with {count} user.init_texts, expected texts with one or more, or none with another"
+        yield Problem(("user.init", "user.init_texts"), text)
+    elif count:
+        if user.kind in ENCODER_KINDS and count == 1:
+            text = f"got {count} with user.kind {user.kind}, expected 2 or more: users are mixtures of them"
+            yield Problem(("user.init_texts", "user.kind"), text)
+        for key, kind, number in (("num_clusters", "cluster", user.num_clusters), ("rank", "low_rank", user.rank)):
+            if user.kind == kind and number != count:
+                text = f"got {number} with {count} user.init_texts, expected {count}: each starts one soft prompt"
+                yield Problem((f"user.{key}", "user.init_texts"), text)

@@ -121,6 +121,7 @@ def make_spec(config: Config) -> PolicySpec:
         history_pairs=user.history_pairs,
         user_init=user.init,
         user_init_range=user.init_range,
+        user_init_texts=user.init_texts,
     )
 
 

@@ -25,7 +25,7 @@ from prlhf.models.packing import Packing, set_up_packing_
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
-from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts
+from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts, embed_texts
 from prlhf.models.user_rows import STORE, read_rows_, table_of_store
 from prlhf.sharding import shard_like
 from prlhf.usermodel import (
@@ -60,7 +60,8 @@ class PolicySpec:
 
     Args:
         lora_rank: None for full fine-tuning.
-        user_init: "vocabulary" (embeddings of tokens) or "uniform" (in [-user_init_range, user_init_range]).
+        user_init: "vocabulary" (embeddings of tokens), "uniform" (in [-user_init_range, user_init_range]) or "texts"
+            (embeddings of `user_init_texts`).
     """
 
     backbone: str
@@ -77,8 +78,9 @@ class PolicySpec:
     encoder_dim: int = 64
     context_tokens: int = 256
     history_pairs: int = 8
-    user_init: Literal["vocabulary", "uniform"] = "vocabulary"
+    user_init: Literal["vocabulary", "uniform", "texts"] = "vocabulary"
     user_init_range: float = 0.5
+    user_init_texts: tuple[str, ...] = ()
 
 
 def make_policy(spec: PolicySpec, user_ids: Sequence[str], *, tokenizer: Any = None) -> PersonalizedPolicy:
@@ -138,21 +140,47 @@ def _make_user_encoder(spec: PolicySpec, *, num_users: int, dim: int) -> UserMod
         return LowRankUserModel(rank=spec.user_rank, **sizes)
     if spec.user_kind in ("text", "history"):
         encoder = TextUserModel if spec.user_kind == "text" else HistoryUserModel
-        return encoder(hidden_dim=spec.encoder_dim, seed=spec.seed, **sizes)
+        num_clusters = len(spec.user_init_texts) if spec.user_init == "texts" else None
+        return encoder(hidden_dim=spec.encoder_dim, num_clusters=num_clusters, seed=spec.seed, **sizes)
     return {"uniform": UniformUserModel, "individual": IndividualUserModel}[spec.user_kind](**sizes)
 
 
 @torch.no_grad()
 def init_user_encoder_(policy: PersonalizedModel, spec: PolicySpec, probes: Sequence[Sequence[int]]) -> None:
-    """Starting soft prompts, of several draws the mildest; and an encoder's first layer, from known users' contexts.
+    """Starting soft prompts, and an encoder's first layer from known users' contexts.
 
-    A soft prompt moves the policy at step 0, by nats a response in a bad draw, and preference losses never repair that.
+    Texts are taken as they are: each shared soft prompt starts as one of them, a single one as their mean. Of random
+    draws the mildest are taken: a soft prompt moves the policy at step 0, by nats a response in a bad draw, and
+    preference losses never repair that.
 
     Args:
         probes: token ids of a few texts of the job, at least one; they measure the disturbance. BOS first where there
             is one, and two tokens or more.
+    Raises: ConfigError: texts that the soft prompts cannot start as.
     """
     assert policy.user_encoder is not None and min(map(len, probes)) > 1
+    count = policy.user_encoder.num_initial
+    initial = _start_as_texts(policy, spec, count) if spec.user_init == "texts" else _draw_mild(policy, spec, probes)
+    policy.user_encoder.init_(initial if count > 1 else initial[0])
+    if isinstance(policy.user_encoder, EncoderUserModel):
+        known = itertools.islice(policy.known_contexts(), WHITENING_BATCHES)
+        policy.user_encoder.whiten_(policy.embed_context(context) for _, context in known if context is not None)
+
+
+def _start_as_texts(policy: PersonalizedModel, spec: PolicySpec, count: int) -> Tensor:
+    """(count, T, D): the texts, with their mean in front where a generic soft prompt stands beside shared ones."""
+    texts = embed_texts(
+        input_embedding(policy.backbone),
+        policy.tokenizer,
+        spec.user_init_texts,
+        num_user_tokens=spec.num_user_tokens,
+    ).float()
+    return texts if len(texts) == count else torch.cat([texts.mean(dim=0, keepdim=True), texts])[:count]
+
+
+def _draw_mild(policy: PersonalizedModel, spec: PolicySpec, probes: Sequence[Sequence[int]]) -> Tensor:
+    """(count, T, D): of several draws those that disturb the model least."""
+    assert policy.user_encoder is not None
     generator = torch.Generator().manual_seed(spec.seed)
     count = policy.user_encoder.num_initial
     shape = (NUM_CANDIDATES * count, spec.num_user_tokens, policy.user_encoder.dim)
@@ -169,11 +197,7 @@ def init_user_encoder_(policy: PersonalizedModel, spec: PolicySpec, probes: Sequ
         ).float()
     with policy.evaluating():
         disturbance = torch.stack([_disturbance(policy, candidates, probe) for probe in probes]).mean(dim=0)
-    mildest = candidates[disturbance.argsort(stable=True)[:count].sort().values]
-    policy.user_encoder.init_(mildest if count > 1 else mildest[0])
-    if isinstance(policy.user_encoder, EncoderUserModel):
-        known = itertools.islice(policy.known_contexts(), WHITENING_BATCHES)
-        policy.user_encoder.whiten_(policy.embed_context(context) for _, context in known if context is not None)
+    return candidates[disturbance.argsort(stable=True)[:count].sort().values]
 
 
 def _disturbance(policy: PersonalizedModel, candidates: Tensor, probe: Sequence[int]) -> Tensor:
@@ -331,9 +355,9 @@ def spec_from_dict(values: dict[str, Any]) -> PolicySpec:
 
     Raises: CheckpointError: keys this version does not know.
     """
-    targets = values.get("lora_targets", "auto")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
-        return PolicySpec(**{**values, "lora_targets": targets if isinstance(targets, str) else tuple(targets)})
+        return PolicySpec(**values)
     except TypeError as error:
         raise CheckpointError(f"{STATE}: policy: {error}; written by another version of prlhf") from None
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from prlhf.errors import ConfigError
 
 NUM_CANDIDATES = 8
 
@@ -59,3 +64,25 @@ def draw_vocabulary_prompts(
     allowed = torch.tensor([token for token in known if token not in forbidden])
     picks = torch.randint(len(allowed), (count, num_user_tokens), generator=generator)
     return embedding(allowed[picks].to(weight.device))
+
+
+@torch.no_grad()
+def embed_texts(embedding: nn.Module, tokenizer: Any, texts: Sequence[str], *, num_user_tokens: int) -> Tensor:
+    """Soft prompts that start as texts: the embeddings of a text's tokens, from the front again until it is full.
+
+    Args:
+        embedding: called, never indexed, as in `draw_vocabulary_prompts`.
+    Returns: (texts, T, D).
+    Raises: ConfigError: texts without a token, or with more than T.
+    Source: Lester et al. 2021, arXiv:2104.08691, section 3.2, where the texts are class labels.
+    """
+    token_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    wrong = [
+        f"user.init_texts: {text!r} has {len(ids)} tokens, expected 1 to user.num_user_tokens ({num_user_tokens})"
+        for text, ids in zip(texts, token_ids, strict=True)
+        if not 0 < len(ids) <= num_user_tokens
+    ]
+    if wrong:
+        raise ConfigError(*wrong)
+    filled = torch.tensor([(ids * num_user_tokens)[:num_user_tokens] for ids in token_ids])
+    return embedding(filled.to(next(embedding.parameters()).device))

@@ -17,33 +17,58 @@ ROUNDING = 1e-5  # of a feature's size: below it the same text, padded otherwise
 
 
 class EncoderUserModel(UserModel):
-    """e_0 + g(context): the ids say nothing, so users never seen are served like known ones.
+    """A soft prompt from what is known of a user; ids say nothing, so users never seen are served like known ones.
 
-    g_t = tanh(W f_t + b_t) H_t, with f the features of a context. A row without a context, or with an empty one, is the
-    generic user: g(nothing) is exactly 0.
+    e = e_0 + g, an offset g_t = h_t H_t of each soft token t; or, with K shared soft prompts, the mixture
+    e = V softmax(a_0 + g), g = T^(-1/2) sum_t h_t H. In both h_t = tanh(W f_t + b_t), with f the features of a context.
+    A row without a context, or with an empty one, is the generic user: g(nothing) is exactly 0.
 
-    Parameters: `generic` (T, D) is e_0; `encoder.layer` (H, F) W; `encoder.heads` (T, H, D), zero at the start; others
-    by kind.
+    Parameters: `generic` (T, D) is e_0; or `basis` (K, T, D) V and `encoder.generic` (K,) a_0. `encoder.layer` (H, F) W
+    and `encoder.heads` (T, H, D) or (H, K), zero at the start; others by kind. Of a mixture only V, a_0 and the heads
+    are trained: at the rates that its weights need, the layers before them would wear away.
 
     Args:
         hidden_dim: width H of g.
+        num_clusters: K; None for offsets.
         seed: of g's first layers.
     """
 
     centered: bool  # whether features are seen from the known users' mean, by a bias `encoder.bias` (T, H)
 
     def __init__(
-        self, *, num_users: int, num_user_tokens: int, dim: int, hidden_dim: int = 64, seed: int = 0
+        self,
+        *,
+        num_users: int,
+        num_user_tokens: int,
+        dim: int,
+        hidden_dim: int = 64,
+        num_clusters: int | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__(num_users=num_users, num_user_tokens=num_user_tokens, dim=dim)
-        check_sizes(hidden_dim=hidden_dim)
+        check_sizes(hidden_dim=hidden_dim, num_clusters=num_clusters or 1)
         self.hidden_dim = hidden_dim
+        self.num_clusters = num_clusters
         self.seed = seed
-        self.generic = nn.Parameter(torch.zeros(num_user_tokens, dim))
-        shapes: dict[str, tuple[int, ...]] = {**self.layer_shapes(), "heads": (num_user_tokens, hidden_dim, dim)}
+        shapes: dict[str, tuple[int, ...]] = {**self.layer_shapes()}
         if self.centered:
             shapes["bias"] = (num_user_tokens, hidden_dim)
-        self.encoder = nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes.items()})
+        first_layers = set(shapes)
+        if num_clusters is None:
+            self.generic = nn.Parameter(torch.zeros(num_user_tokens, dim))
+            shapes["heads"] = (num_user_tokens, hidden_dim, dim)
+        else:
+            self.basis = nn.Parameter(torch.zeros(num_clusters, num_user_tokens, dim))
+            shapes |= {"heads": (hidden_dim, num_clusters), "generic": (num_clusters,)}
+        self.encoder = nn.ParameterDict({
+            name: nn.Parameter(torch.zeros(shape), requires_grad=num_clusters is None or name not in first_layers)
+            for name, shape in shapes.items()
+        })
+
+    @property
+    def num_initial(self) -> int:
+        """One, or one for each shared soft prompt."""
+        return self.num_clusters or 1
 
     @abstractmethod
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
@@ -58,31 +83,43 @@ class EncoderUserModel(UserModel):
         """
 
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
-        """e_0 for each of the B rows."""
-        return self.generic.expand(len(user_ids), -1, -1)
+        """The generic soft prompt for each of the B rows."""
+        generic = self.generic if self.num_clusters is None else self._mix(self.encoder["generic"].softmax(dim=0))
+        return generic.expand(len(user_ids), -1, -1)
 
     def read(self, context: UserContext) -> Tensor:
-        """g of each row's context, (B, T, D)."""
+        """What each row's context adds to the generic soft prompt, (B, T, D)."""
         hidden = F.linear(self.features(self._tokens(context), context), self.encoder["layer"])
         if self.centered:
             hidden = hidden + self.encoder["bias"]
         hidden = torch.tanh(hidden) * _is_known(context)[:, None, None]
         hidden = hidden.expand(-1, self.num_user_tokens, -1)
-        return torch.einsum("bth,thd->btd", hidden, self.encoder["heads"])
+        if self.num_clusters is None:
+            return torch.einsum("bth,thd->btd", hidden, self.encoder["heads"])
+        generic = self.encoder["generic"]
+        own = hidden.sum(dim=1) @ self.encoder["heads"] / math.sqrt(self.num_user_tokens)
+        return self._mix((generic + own).softmax(dim=-1) - generic.softmax(dim=-1))
+
+    def _mix(self, shares: Tensor) -> Tensor:
+        return torch.einsum("...k,ktd->...td", shares, self.basis)
 
     def _tokens(self, context: UserContext) -> Tensor:
         # Families differ in the size of their embeddings by a factor of fifty.
-        return F.normalize(context.embeds.to(self.generic.dtype), dim=-1) * math.sqrt(self.dim)
+        return F.normalize(context.embeds.to(self.encoder["layer"].dtype), dim=-1) * math.sqrt(self.dim)
 
     @torch.no_grad()
     def init_(self, initial: Tensor) -> None:
-        """Set e_0 to `initial` (T, D), the last layer to 0 and the others to draws that keep the size of their input.
+        """Set e_0 to `initial` (T, D), or V to `initial` (K, T, D); the last layer to 0, the others to draws that keep
+        the size of their input.
 
-        Every user starts as the generic one.
+        Every user starts as the generic one, a mixture as the even one.
         """
-        check_initial(initial, self.generic)
-        self.generic.copy_(initial)
+        started = self.generic if self.num_clusters is None else self.basis
+        check_initial(initial, started)
+        started.copy_(initial)
         self.encoder["heads"].zero_()
+        if self.num_clusters is not None:
+            self.encoder["generic"].zero_()
         generator = torch.Generator().manual_seed(self.seed)
         for name, shape in self.layer_shapes().items():
             self.encoder[name].copy_(torch.randn(shape, generator=generator) / math.sqrt(shape[1]))

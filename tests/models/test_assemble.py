@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,26 @@ def test_users_start_as_the_mildest_of_several_draws(kind, count, tmp_path):
     started = policy.user_encoder.basis if kind == "cluster" else policy.user_encoder.generic[None]
     assert torch.equal(started, mildest)
     assert scores.max() > 1.05 * scores.min()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "individual", "cluster", "low_rank", "text", "history"])
+def test_users_start_as_texts_in_words(kind, tmp_path):
+    """Each shared soft prompt as one of them, a single one as their mean."""
+    texts = ("Be short and kind.", "Say more.")
+    spec = _spec(save_folder(tmp_path), user_kind=kind, user_rank=2, user_init="texts", user_init_texts=texts,
+                 num_user_tokens=40)
+    policy = make_policy(spec, USER_IDS)
+    encoder, tokenizer = policy.user_encoder, policy.tokenizer
+    init_user_encoder_(policy, spec, PROBES)
+    token_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    expected = input_embedding(policy.backbone)(torch.tensor([(ids * 40)[:40] for ids in token_ids]))
+    users = torch.tensor([0, 1, 2])
+    if kind == "cluster":
+        assert torch.equal(encoder.basis, expected)
+    elif kind == "low_rank":
+        torch.testing.assert_close(encoder.generic + encoder.basis, expected)
+    torch.testing.assert_close(encoder(users), expected.mean(0).expand(3, -1, -1))
+    assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
 
 
 def test_uniform_users_start_inside_the_range_and_by_the_seed_alone(tmp_path):

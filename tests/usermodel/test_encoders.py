@@ -26,6 +26,20 @@ def _model(kind: str) -> EncoderUserModel:
     return model
 
 
+K = 3
+
+
+def _mixture(kind: str) -> EncoderUserModel:
+    """Of K shared soft prompts, trained."""
+    model = KINDS[kind](num_users=2, num_user_tokens=T, dim=D, hidden_dim=H, num_clusters=K, seed=3).double()
+    generator = torch.Generator().manual_seed(1)
+    model.init_(torch.randn(K, T, D, generator=generator, dtype=torch.float64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
 def _context(lengths: list[list[int]], *, pad_to: int = 6) -> UserContext:
     """Random texts; what stands behind their ends is random too."""
     generator = torch.Generator().manual_seed(2)
@@ -207,3 +221,51 @@ def test_draws_of_the_layers_depend_on_the_seed_alone():
         return model.encoder["queries"].detach()
 
     assert torch.equal(layers(0), layers(0)) and not torch.equal(layers(0), layers(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixture_is_one_of_the_shared_soft_prompts_and_starts_as_the_even_one(kind):
+    model = KINDS[kind](num_users=2, num_user_tokens=T, dim=D, hidden_dim=H, num_clusters=K).double()
+    initial = torch.randn(K, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model.init_(initial)
+    context = _context(CONTEXTS[kind])
+    even = initial.mean(dim=0).expand(3, T, D)
+    torch.testing.assert_close(model(IDS, context), even)
+    (model(IDS, context) * torch.arange(1.0, 1 + D)).sum().backward()
+    moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert moved == {"basis", "encoder.heads", "encoder.generic"}
+    assert model.encoder["heads"].grad.abs().max() > 0, "the start must be one that training leaves"
+    with torch.no_grad():
+        model.encoder["generic"].copy_(torch.tensor([0.0, 80.0, 0.0]))
+    torch.testing.assert_close(model(IDS), initial[1].expand(3, T, D))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixture_is_weighed_by_what_is_read(kind):
+    """The sum over soft tokens of what an encoder of offsets reads, in place of its own."""
+    model, context = _mixture(kind), _context(CONTEXTS[kind])
+    soft_prompts = model(IDS, context)
+    generic = model.encoder["generic"]
+    assert torch.equal(soft_prompts[2], model(IDS)[2]), "nothing is known of the third"
+    offsets = KINDS[kind](num_users=2, num_user_tokens=T, dim=D, hidden_dim=H).double()
+    with torch.no_grad():
+        for name in model.encoder.keys() - {"heads", "generic"}:
+            offsets.encoder[name].copy_(model.encoder[name])
+        offsets.encoder["heads"][..., :K].copy_(model.encoder["heads"].expand(T, H, K))
+    weights = generic + offsets.read(context)[..., :K].sum(dim=1) / math.sqrt(T)
+    expected = torch.stack([
+        sum(share * prompt for share, prompt in zip(row.softmax(0), model.basis, strict=True)) for row in weights
+    ])
+    torch.testing.assert_close(soft_prompts, expected)
+    assert (soft_prompts[0] - soft_prompts[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_a_mixture_are_right(kind):
+    model, context = _mixture(kind), _context(CONTEXTS[kind])
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def soft_prompts(*parameters):
+        return torch.func.functional_call(model, dict(zip(trained, parameters, strict=True)), (IDS, context))
+
+    assert torch.autograd.gradcheck(soft_prompts, tuple(trained.values()))

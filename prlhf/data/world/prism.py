@@ -18,10 +18,10 @@ from prlhf.data.world.profiles import draw_profile, load_profiles
 from prlhf.data.world.psoups import TASTES, draw_phrases
 from prlhf.data.world.render import AXES, STYLES, Request, Style, Tones, render, render_general
 
-SEEN_USERS, UNSEEN_USERS = 160, 40  # of each, as many of one taste as of another
+SEEN_USERS, UNSEEN_USERS = 480, 64  # of each, as many of one taste as of another
 TRAIN_DIALOGUES = 12  # of a seen user; every second one is about a topic without known facts
 DEV_DIALOGUES = 80  # in all
-SEEN_DIALOGUES, UNSEEN_DIALOGUES = 3, 8  # of a user, in evaluation
+SEEN_DIALOGUES, UNSEEN_DIALOGUES = 1, 6  # of a user, in evaluation
 TURNS = (1, 1, 1, 2, 2, 3)
 LABEL_NOISE = 0.1  # how often a person takes the other answer
 
@@ -36,7 +36,7 @@ class Person:
 
 
 def build_prism(seed: int) -> PreferenceData:
-    """The preference data of 160 seen and 40 unseen users.
+    """The preference data of 480 seen and 64 unseen users.
 
     The two answers of a turn differ on one axis; the turns of a dialogue are about different axes, and the earlier
     answers in it say nothing about the taste on the later ones. One judgment in ten goes against the taste.
