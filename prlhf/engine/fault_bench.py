@@ -75,16 +75,14 @@ class Bench:
             shutil.rmtree(self._reference_cache, ignore_errors=True)
         log, began = self.folder / f"{name}.log", time.perf_counter()
         log.write_text("")
-        killers: list[ForkedProcess] = []
-        victims: list[ForkedProcess] = []
+        kills: list[tuple[ForkedProcess, ForkedProcess]] = []  # a rank, and what kills it
 
         def start(environment: Mapping[str, str]) -> ForkedProcess:
             """One rank."""
             argv = [str(self.config), f"name={name}", "--runs", str(self.runs), *settings]
             child = fork_training(argv, {**environment, VARIABLE: fault}, log, file_limit, obeys_permissions)
-            if kill is not None and environment["RANK"] == str(kill[0]) and not killers:
-                killers.append(kill_later(child.pid, kill[1], log))
-                victims.append(child)
+            if kill is not None and environment["RANK"] == str(kill[0]) and not kills:
+                kills.append((child, kill_later(child.pid, kill[1], log)))
             return child
 
         limits = {"num_ranks": num_ranks, "max_restarts": max_restarts}
@@ -93,10 +91,10 @@ class Bench:
             code = run_ranks(start, self.runs / name, **limits, hang_after_s=HANG_AFTER_S)
         except (PrlhfError, Preempted) as error:
             code, message = error.exit_code, f"error: {error}\n" if isinstance(error, RankError) else f"{error}\n"
-        for killer in killers:
+        for _, killer in kills:
             killer.terminate()
             killer.wait()
-        killed = any(victim.poll() == -signal.SIGKILL for victim in victims)
+        killed = any(killed_rank.poll() == -signal.SIGKILL for killed_rank, _ in kills)
         return Outcome(code, log.read_text(errors="replace") + message, time.perf_counter() - began, killed)
 
     def train_apart(self, name: str, **options: Any) -> ForkedProcess:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prlhf.data.render import encode_text
 from prlhf.errors import ConfigError
 
 NUM_CANDIDATES = 8
@@ -76,7 +77,7 @@ def embed_texts(embedding: nn.Module, tokenizer: Any, texts: Sequence[str], *, n
     Raises: ConfigError: texts without a token, or with more than T.
     Source: Lester et al. 2021, arXiv:2104.08691, section 3.2, where the texts are class labels.
     """
-    token_ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    token_ids = [encode_text(tokenizer, text) for text in texts]
     wrong = [
         f"user.init_texts: {text!r} has {len(ids)} tokens, expected 1 to user.num_user_tokens ({num_user_tokens})"
         for text, ids in zip(texts, token_ids, strict=True)

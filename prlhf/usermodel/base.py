@@ -121,6 +121,11 @@ class UserModel(nn.Module, ABC):
         """
 
 
+def mix_prompts(shares: Tensor, basis: Tensor) -> Tensor:
+    """Mixtures (..., T, D) of K soft prompts (K, T, D) in shares (..., K)."""
+    return torch.einsum("...k,ktd->...td", shares, basis)
+
+
 def check_sizes(**sizes: int) -> None:
     """Refuse a size below 1.
 

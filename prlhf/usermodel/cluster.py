@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prlhf.usermodel.base import UserModel, check_initial, check_sizes, gather_rows
+from prlhf.usermodel.base import UserModel, check_initial, check_sizes, gather_rows, mix_prompts
 from prlhf.usermodel.row_table import make_table, zero_
 
 
@@ -44,7 +44,7 @@ class ClusterUserModel(UserModel):
 
     def decode(self, states: Tensor) -> Tensor:
         """V softmax(a) for each a (K,)."""
-        return torch.einsum("bk,ktd->btd", states.softmax(dim=1), self.basis)
+        return mix_prompts(states.softmax(dim=1), self.basis)
 
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
         """Mixtures (B, T, D) of the K soft prompts."""

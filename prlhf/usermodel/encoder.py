@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prlhf.usermodel.base import UserContext, UserModel, check_initial, check_sizes
+from prlhf.usermodel.base import UserContext, UserModel, check_initial, check_sizes, mix_prompts
 
 SMALLEST_DEVIATION = 1e-3  # of the largest: below it users do not differ
 ROUNDING = 1e-5  # of a feature's size: below it the same text, padded otherwise, differs from itself
@@ -50,20 +50,20 @@ class EncoderUserModel(UserModel):
         self.hidden_dim = hidden_dim
         self.num_clusters = num_clusters
         self.seed = seed
-        shapes: dict[str, tuple[int, ...]] = {**self.layer_shapes()}
+        first: dict[str, tuple[int, ...]] = {**self.layer_shapes()}
         if self.centered:
-            shapes["bias"] = (num_user_tokens, hidden_dim)
-        first_layers = set(shapes)
+            first["bias"] = (num_user_tokens, hidden_dim)
+        last: dict[str, tuple[int, ...]]
         if num_clusters is None:
             self.generic = nn.Parameter(torch.zeros(num_user_tokens, dim))
-            shapes["heads"] = (num_user_tokens, hidden_dim, dim)
+            last = {"heads": (num_user_tokens, hidden_dim, dim)}
         else:
             self.basis = nn.Parameter(torch.zeros(num_clusters, num_user_tokens, dim))
-            shapes |= {"heads": (hidden_dim, num_clusters), "generic": (num_clusters,)}
-        self.encoder = nn.ParameterDict({
-            name: nn.Parameter(torch.zeros(shape), requires_grad=num_clusters is None or name not in first_layers)
-            for name, shape in shapes.items()
-        })
+            last = {"heads": (hidden_dim, num_clusters), "generic": (num_clusters,)}
+        self.encoder = nn.ParameterDict({name: torch.zeros(shape) for name, shape in {**first, **last}.items()})
+        if num_clusters is not None:
+            for name in first:
+                self.encoder[name].requires_grad_(False)
 
     @property
     def num_initial(self) -> int:
@@ -84,8 +84,9 @@ class EncoderUserModel(UserModel):
 
     def soft_prompts(self, user_ids: Tensor) -> Tensor:
         """The generic soft prompt for each of the B rows."""
-        generic = self.generic if self.num_clusters is None else self._mix(self.encoder["generic"].softmax(dim=0))
-        return generic.expand(len(user_ids), -1, -1)
+        if self.num_clusters is None:
+            return self.generic.expand(len(user_ids), -1, -1)
+        return mix_prompts(self.encoder["generic"].softmax(dim=0), self.basis).expand(len(user_ids), -1, -1)
 
     def read(self, context: UserContext) -> Tensor:
         """What each row's context adds to the generic soft prompt, (B, T, D)."""
@@ -98,10 +99,7 @@ class EncoderUserModel(UserModel):
             return torch.einsum("bth,thd->btd", hidden, self.encoder["heads"])
         generic = self.encoder["generic"]
         own = hidden.sum(dim=1) @ self.encoder["heads"] / math.sqrt(self.num_user_tokens)
-        return self._mix((generic + own).softmax(dim=-1) - generic.softmax(dim=-1))
-
-    def _mix(self, shares: Tensor) -> Tensor:
-        return torch.einsum("...k,ktd->...td", shares, self.basis)
+        return mix_prompts((generic + own).softmax(dim=-1) - generic.softmax(dim=-1), self.basis)
 
     def _tokens(self, context: UserContext) -> Tensor:
         # Families differ in the size of their embeddings by a factor of fifty.

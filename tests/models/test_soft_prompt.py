@@ -73,22 +73,24 @@ def test_the_draw_depends_on_the_generator_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def _letters(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-    """A token for each letter of the alphabet."""
-    assert not add_special_tokens
-    return {"input_ids": [ord(letter) - ord("a") for letter in text]}
+class _Letters:
+    """A tokenizer with a token for each letter of the alphabet."""
+
+    def encode(self, text: str, add_special_tokens: bool, **settings: bool) -> list[int]:
+        assert not add_special_tokens
+        return [ord(letter) - ord("a") for letter in text]
 
 
 def test_a_text_is_repeated_until_the_soft_prompt_is_full():
     embedding = _Scaled.from_pretrained(torch.arange(8.0)[:, None], freeze=True)
-    prompts = embed_texts(embedding, _letters, ["bc", "defg"], num_user_tokens=4)
+    prompts = embed_texts(embedding, _Letters(), ["bc", "defg"], num_user_tokens=4)
     assert prompts[..., 0].tolist() == [[10.0, 20.0, 10.0, 20.0], [30.0, 40.0, 50.0, 60.0]]
 
 
 def test_texts_without_tokens_or_with_too_many_are_named():
     embedding = _Scaled.from_pretrained(torch.arange(8.0)[:, None], freeze=True)
     with pytest.raises(ConfigError) as caught:
-        embed_texts(embedding, _letters, ["", "abc", "abcd"], num_user_tokens=3)
+        embed_texts(embedding, _Letters(), ["", "abc", "abcd"], num_user_tokens=3)
     assert str(caught.value).splitlines() == [
         "user.init_texts: '' has 0 tokens, expected 1 to user.num_user_tokens (3)",
         "user.init_texts: 'abcd' has 4 tokens, expected 1 to user.num_user_tokens (3)",
