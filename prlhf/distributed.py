@@ -22,6 +22,7 @@ PULSE_VARIABLE = "PRLHF_PULSE"
 PULSE = struct.Struct("<qd?")  # beats so far, silence beyond the usual that is no bad sign (s), waits for others
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _STOPPING = "stopping"  # a key in the group's store: a rank that a signal stopped has left
+_SAID = "said "  # before a line in the group's store: how many ranks came to say it
 _group_store: dist.Store | None = None
 _pulse_file: int | None = None
 _num_beats = 0
@@ -83,11 +84,24 @@ def init_process_group(device_type: str, *, timeout_s: float = DEFAULT_TIMEOUT_S
 
 
 def teardown() -> None:
-    """Leave the process group."""
-    global _group_store
-    _group_store = None
+    """Leave the process group; `first_to_say` goes on to work."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def host_store() -> dist.TCPStore:
+    """A store on a free port of this machine, for ranks that find its `port` in their environment; it outlives them."""
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def first_to_say(line: str) -> bool:
+    """Whether no rank of the group has asked this of the line before: all make the same mistake, one tells of it."""
+    if _group_store is None:
+        return True
+    try:
+        return _group_store.add(f"{_SAID}{line}", 1) == 1
+    except RuntimeError:  # whoever keeps the store has left already
+        return True
 
 
 def announce_stop() -> None:

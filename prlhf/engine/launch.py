@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prlhf.config import load_config
-from prlhf.distributed import PULSE_VARIABLE, init_process_group, is_main, start_pulse, teardown
+from prlhf.distributed import PULSE_VARIABLE, first_to_say, init_process_group, is_main, start_pulse, teardown
 from prlhf.engine.faults import arm_faults
 from prlhf.errors import ConfigError, Preempted, PrlhfError
 
@@ -116,25 +116,28 @@ def configure_logging() -> None:
 
 
 def report_errors(run: object, args: argparse.Namespace) -> int:
-    """Call `run(args)`; a user's mistake becomes one line an error on stderr, and its exit code."""
+    """Call `run(args)`; a user's mistake becomes one line an error on stderr, on whichever rank, and its exit code."""
     try:
         return run(args)  # type: ignore[operator]
     except PrlhfError as error:
         for message in error.messages:
-            sys.stderr.write(f"error: {message}\n")
+            _say(f"error: {message}")
         return error.exit_code
     except Preempted as error:
-        sys.stderr.write(f"{error}\n")
+        _say(str(error))
         return error.exit_code
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         path = Path(error.filename or getattr(args, "runs", "."))
         free = shutil.disk_usage(path if path.exists() else Path.cwd()).free
-        sys.stderr.write(
-            f"error: {path}: {error.strerror}; {free / 2**20:.0f} MiB free; make room, or write to another folder\n"
-        )
+        _say(f"error: {path}: {error.strerror}; {free / 2**20:.0f} MiB free; make room, or write to another folder")
         return EXIT_BAD_INPUT
+
+
+def _say(line: str) -> None:
+    if first_to_say(line):
+        sys.stderr.write(f"{line}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

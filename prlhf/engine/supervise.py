@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prlhf.distributed import PULSE, PULSE_VARIABLE
+from prlhf.distributed import PULSE, PULSE_VARIABLE, host_store
 from prlhf.engine.child import Child, SignalRelay
 from prlhf.engine.run_dir import RunDir, read_status
 from prlhf.errors import NoCheckpointError, Preempted, PrlhfError, RankError
@@ -89,8 +88,9 @@ def _run_once(
     start: Start, run_dir: Path, relay: SignalRelay, num_ranks: int, attempt: int, hang_after_s: float
 ) -> tuple[list[int], str]:
     """Exit codes of a group of ranks, and in words who was the first to fail."""
+    store = host_store()  # not rank 0's: what one rank tells the others stays when rank 0 has left
     with tempfile.TemporaryDirectory(prefix="prlhf-") as folder:
-        ranks = _start_ranks(start, num_ranks, attempt, Path(folder))
+        ranks = _start_ranks(start, num_ranks, attempt, store.port, Path(folder))
         relay.children = [rank.child for rank in ranks]
         if relay.is_set:  # it came while they were being started
             for rank in ranks:
@@ -111,18 +111,15 @@ def _run_once(
     return [rank.child.poll() or 0 for rank in ranks], blame
 
 
-def _start_ranks(start: Start, num_ranks: int, attempt: int, folder: Path) -> list[Rank]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def _start_ranks(start: Start, num_ranks: int, attempt: int, port: int, folder: Path) -> list[Rank]:
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     ranks = []
     for number in range(num_ranks):
         pulse = folder / f"rank-{number}"
         environment = {
             "RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "TORCHELASTIC_RESTART_COUNT": attempt, "OMP_NUM_THREADS": threads,
-            PULSE_VARIABLE: pulse,
+            "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": attempt,
+            "OMP_NUM_THREADS": threads, PULSE_VARIABLE: pulse,
         }
         child = start({name: str(value) for name, value in environment.items()})
         ranks.append(Rank(number, child, pulse))

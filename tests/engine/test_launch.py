@@ -29,6 +29,16 @@ def test_a_killed_rank_is_begun_again(tiny: Tiny, tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path / "tiny")] == [1, 2, 3, 4]
 
 
+def test_two_ranks_tell_of_a_mistake_once(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.write_config(tmp_path / "tiny.yaml", train__batch_rows=7)
+    command = [sys.executable, "-m", "prlhf", "train", config, "--runs", str(tmp_path / "runs"), "--nproc", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: train.batch_rows")
+    assert not (tmp_path / "runs" / "tiny" / "config.yaml").exists()
+
+
 @pytest.fixture
 def run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return Run(tiny, tmp_path, capsys)

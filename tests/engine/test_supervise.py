@@ -6,17 +6,19 @@ import os
 import signal
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from prlhf import distributed
-from prlhf.distributed import beat, start_pulse
+from prlhf.distributed import barrier, beat, init_process_group, start_pulse, teardown
 from prlhf.engine.forked import ForkedProcess
+from prlhf.engine.launch import report_errors
 from prlhf.engine.run_dir import RunDir
 from prlhf.engine.supervise import run_ranks
-from prlhf.errors import Preempted, RankError
+from prlhf.errors import ConfigError, Preempted, RankError
 from tests.tiny_run import read_status
 
 HANG_AFTER_S = 1.0
@@ -135,6 +137,25 @@ def stop_saving(rank: int, restarts: int) -> int:
 def test_a_signal_to_one_rank_stops_all(tmp_path: Path) -> None:
     with pytest.raises(Preempted):
         supervise(tmp_path, stop_saving, max_restarts=3)
+
+
+def report_mistakes(rank: int, restarts: int) -> int:
+    """Both ranks find the same mistake, each another one as well; rank 0 has left before rank 1 speaks."""
+
+    def find_mistakes(args: Namespace) -> int:
+        init_process_group("cpu")
+        barrier()
+        teardown()
+        time.sleep(rank / 2)
+        raise ConfigError("train.batch_rows: odd", f"rank {rank} alone")
+
+    return report_errors(find_mistakes, Namespace())
+
+
+def test_a_mistake_of_all_ranks_is_told_once_and_that_of_one_rank_too(tmp_path: Path) -> None:
+    assert supervise(tmp_path, report_mistakes) == 2
+    told = [line for rank in range(2) for line in (tmp_path / f"log-{rank}").read_text().splitlines()]
+    assert sorted(told) == ["error: rank 0 alone", "error: rank 1 alone", "error: train.batch_rows: odd"]
 
 
 def test_what_a_killed_main_rank_could_not_write_stands_in_the_status(tmp_path: Path) -> None:
