@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from prlhf.usermodel.base import UserContext, UserModel, check_initial, check_sizes, mix_prompts
 
-SMALLEST_DEVIATION = 1e-3  # of the largest: below it users do not differ
 ROUNDING = 1e-5  # of a feature's size: below it the same text, padded otherwise, differs from itself
 
 
@@ -34,6 +33,7 @@ class EncoderUserModel(UserModel):
     """
 
     centered: bool  # whether features are seen from the known users' mean, by a bias `encoder.bias` (T, H)
+    smallest_deviation: float  # of users from each other, as a share of the largest: below it is nothing to learn from
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class EncoderUserModel(UserModel):
             _, sizes, directions = torch.svd_lowrank(samples.cpu(), q=most, niter=4)
         deviations = sizes / math.sqrt(len(samples))
         usual_size = features.square().sum(dim=-1).mean().sqrt().item()
-        kept = deviations > max(SMALLEST_DEVIATION * deviations[0].item(), ROUNDING * usual_size)
+        kept = deviations > max(self.smallest_deviation * deviations[0].item(), ROUNDING * usual_size)
         layer = self.encoder["layer"]
         layer[:most][kept.to(layer.device)] = (directions / deviations).T[kept].to(layer)
         if self.centered:

@@ -25,6 +25,7 @@ class HistoryUserModel(EncoderUserModel):
     """
 
     centered = False  # what one taste votes for the other votes against
+    smallest_deviation = 0.15  # votes by taste add up, and the topics of a few pairs do not
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         """One layer for tokens, one for pairs, one for the user."""

@@ -21,6 +21,7 @@ class TextUserModel(EncoderUserModel):
     """
 
     centered = True
+    smallest_deviation = 1e-3  # people may differ in a word or two
 
     def layer_shapes(self) -> dict[str, tuple[int, int]]:
         """Queries and one layer."""

@@ -161,6 +161,7 @@ def test_with_all_labels_swapped_a_history_is_the_opposite_user():
 def test_what_is_read_of_known_users_starts_white(kind):
     """200 users in two batches, whose texts share far more than what tells them apart."""
     model = KINDS[kind](num_users=2, num_user_tokens=T, dim=D, hidden_dim=3, seed=3).double()
+    model.smallest_deviation = 1e-3
     model.init_(torch.zeros(T, D, dtype=torch.float64))
     generator = torch.Generator().manual_seed(4)
     shape = (200, len(CONTEXTS[kind][0]), 6, D)
@@ -188,6 +189,19 @@ def test_whitening_leaves_out_who_says_nothing_and_directions_in_which_nobody_di
     layer = model.encoder["layer"]
     assert torch.isfinite(layer).all() and torch.equal(layer[1:], drawn[1:])
     assert not torch.equal(layer[0], drawn[0])
+
+
+def test_votes_start_white_only_where_users_differ_much(monkeypatch):
+    """Deviations of 1, 0.5 and 0.05: the last is chance, and its direction stays as drawn."""
+    model = HistoryUserModel(num_users=2, num_user_tokens=T, dim=D, hidden_dim=3, seed=3)
+    model.init_(torch.zeros(T, D))
+    drawn = model.encoder["layer"].detach().clone()
+    signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    monkeypatch.setattr(model, "features", lambda tokens, context: (signs * torch.tensor([1.0, 0.5, 0.05]))[:, None])
+    model.whiten_([UserContext(torch.ones(8, 2, 1, D), torch.ones(8, 2, dtype=torch.int64))])
+    layer = model.encoder["layer"]
+    torch.testing.assert_close(layer[:2].abs(), torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0]]), rtol=0, atol=1e-5)
+    assert torch.equal(layer[2], drawn[2])
 
 
 def test_one_text_of_all_users_tells_nothing_apart_however_it_is_padded():
