@@ -33,8 +33,8 @@ class Outcome:
 
     @property
     def errors(self) -> list[str]:
-        """The error lines, each once, whichever rank wrote it."""
-        return list(dict.fromkeys(line for line in self.text.splitlines() if line.startswith("error: ")))
+        """The error lines of all ranks."""
+        return [line for line in self.text.splitlines() if line.startswith("error: ")]
 
 
 class Bench:

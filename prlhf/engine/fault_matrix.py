@@ -23,6 +23,10 @@ KILL_POINTS = (
     *((f"checkpoint_file_{i}", 4) for i in range(NUM_FILES)),
     ("before_manifest", 4), ("before_rename", 4), ("after_rename", 4), ("eval", EVAL_STEP), ("eval", NUM_STEPS),
 )
+SECOND_RANK_POINTS = (  # it writes its random state into a checkpoint and leaves the rest to rank 0
+    ("reference", 0), ("step_begin", 3), ("after_backward", 3), ("before_optimizer", 3), ("checkpoint_file_0", 4),
+    ("eval", EVAL_STEP), ("eval", NUM_STEPS),
+)
 SIGNAL_POINTS = (
     ("reference", 0), ("step_begin", 3), ("checkpoint_file_2", 4), ("before_rename", 4), ("eval", EVAL_STEP),
     ("eval", NUM_STEPS),
@@ -100,7 +104,7 @@ def _damages() -> list[Row]:
 
 def _ranks() -> list[Row]:
     named = f"all end with its name in < {MUST_END_S:.0f} s; resume has the same weights"
-    kills = [("before_optimizer", 3, 1), ("eval", EVAL_STEP, 1), ("before_rename", 4, 0), ("checkpoint_file_0", 4, 1)]
+    kills = [(point, step, 0) for point, step in KILL_POINTS] + [(point, step, 1) for point, step in SECOND_RANK_POINTS]
     return [
         *(Row(f"kill -9 of rank {rank} of 2", f"{point}, step {step}", named,
               partial(_lost_rank, f"{point}:{step}:{rank}:kill9", rank)) for point, step, rank in kills),
