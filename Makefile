@@ -19,6 +19,11 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# TRL and PEFT, which the benchmark compares with.
+.venv/.bench: $(INSTALLED)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test,bench]'
+	touch $@
+
 setup: $(INSTALLED) ## Make .venv with the package in it; the other targets do this the first time
 
 # The supervised model of the tldr experiments.
@@ -58,8 +63,11 @@ test: $(INSTALLED) ## Run the tests, without the slow ones, in two processes [AR
 test-slow: $(INSTALLED) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-bench: $(INSTALLED) ## Time training steps: packed rows, padded rows, the authors' way [ARGS="--repeats 5 --shapes tldr"]
-	$(BIN)/python -m benchmarks.cpu $(ARGS)
+bench: .venv/.bench ## Time training steps, generation and users; tables go to docs/benchmarks.md [ARGS="--repeats 3 --shapes tldr"]
+	mkdir -p runs/bench
+	$(BIN)/python -m benchmarks.cpu --out runs/bench/steps.json --document docs/benchmarks.md $(ARGS)
+	$(BIN)/python -m benchmarks.generation --document docs/benchmarks.md
+	$(BIN)/python -m benchmarks.users --directory runs/bench/users --out runs/bench/users.json --document docs/benchmarks.md
 
 lint: $(INSTALLED) ## Check style and types
 	$(BIN)/ruff check .

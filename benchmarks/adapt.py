@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch
 from torch.nn import functional as F
 
 from prlhf.adapt import Judgment, fit_judgments
+from prlhf.adapt.add_users import write_with_users
 from prlhf.adapt.ask import pick_informative
 from prlhf.adapt.feedback import make_judgments
 from prlhf.adapt.margins import Margins
@@ -39,9 +41,13 @@ from prlhf.data.prepared import write_prepared
 from prlhf.data.records import PreferenceData, PreferenceRow
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.evaluation.accuracy import bootstrap_interval, has_length_gap
+from prlhf.evaluation.judges import RuleJudge
 from prlhf.evaluation.report import make_table
+from prlhf.evaluation.samples import user_indices
+from prlhf.generation import SamplingOptions, generate
 from prlhf.models.assemble import load_model, resolve_checkpoint
 from prlhf.models.personalized import PersonalizedModel
+from prlhf.models.policy import PersonalizedPolicy
 
 COUNTS = (0, 1, 2, 4, 8, 16, 32)
 NUM_SIMULATED_USERS = 100
@@ -172,6 +178,40 @@ def measure_questions(
     return curves
 
 
+def measure_generations(
+    directory: Path, model: PersonalizedModel, config: Config, subjects: Sequence[Subject], judgments: int, prompts: int
+) -> dict[str, float]:
+    """Share of new users' answers on their side, to prompts of their held-out rows, sampled as the run's own were.
+
+    Each is added to a copy of the checkpoint under another id, from so many judgments, and loaded with it.
+    """
+    limits, rng, judge = judgment_limits(config), np.random.default_rng(config.seed), RuleJudge()
+    given = [
+        make_judgments(model, [one.pool[i] for i in rng.permutation(len(one.pool))[:judgments]], **limits)
+        for one in subjects
+    ]
+    names = {f"new {subject.user_id}": subject for subject in subjects}
+    fitted = fit_judgments(model, given, **likelihood(config))
+    with tempfile.TemporaryDirectory() as folder:
+        states = {name: one.state for name, one in zip(names, fitted, strict=True)}
+        write_with_users(directory, Path(folder) / "with_users", model, states, {})
+        policy = load_model(Path(folder) / "with_users")
+    assert isinstance(policy, PersonalizedPolicy)
+    options = SamplingOptions(
+        max_new_tokens=config.eval.max_new_tokens, temperature=config.eval.temperature, top_p=config.eval.top_p,
+        seed=config.seed,
+    )
+    shares = {}
+    for name, subject in names.items():
+        asked = list(dict.fromkeys(row.prompt for row in subject.test))[:prompts]
+        answers = generate(
+            policy, asked, user_indices(policy, [name] * len(asked)), options=options,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+        )
+        shares[subject.user_id] = float(np.mean([judge.on_side(answer, subject.user_id) for answer in answers]))
+    return shares
+
+
 def measure_batch(
     model: PersonalizedModel, config: Config, subjects: Sequence[Subject], num_users: int, seed: int
 ) -> float:
@@ -194,6 +234,8 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--test-rows", type=int, default=100, help="of each user")
     parser.add_argument("--questions", type=int, default=0, metavar="N", help="also ask up to N questions, two ways")
+    parser.add_argument("--generate", type=int, default=0, metavar="N", help="also answer N prompts (psoups' users)")
+    parser.add_argument("--judgments", type=int, default=16, help="of a new user who is answered")
     parser.add_argument("--batch", type=int, default=0, metavar="N", help="also time N users at once")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -226,6 +268,10 @@ def main() -> None:
         results["questions"] = measure_questions(model, config, subjects, 42, args.questions, args.seed)
         asked = [[way, *(f"{value:.3f}" for value in values)] for way, values in results["questions"].items()]
         sys.stdout.write("\n" + make_table(["questions", *map(str, range(args.questions + 1))], asked) + "\n")
+    if args.generate:
+        shares = measure_generations(directory, model, config, subjects, args.judgments, args.generate)
+        results["on_side"] = shares
+        sys.stdout.write("\n" + make_table(["user", "on side"], [[u, f"{v:.3f}"] for u, v in shares.items()]) + "\n")
     if args.batch:
         rates = {count: measure_batch(model, config, subjects, count, args.seed) for count in (1, args.batch)}
         results["users_per_s"] = rates

@@ -7,7 +7,7 @@ reported is the median over repeats of the ratio of rows/s. A step is 4 rows, bo
 step. The authors' way repeats every row for the generic user, pads all 8 rows x 2 responses to one length, computes
 logits at every position, and runs the reference in each step. "trl" is TRL's DPOTrainer on the repeated rows, and
 "trl_pre" the same with known log-probs of the reference, as packed and padded have them. Peak memory is that of a
-process for each way.
+process for each way. The reference pass is timed apart: TRL's on the repeated rows over prlhf's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +37,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.document import describe_run, write_section
 from benchmarks.trl_way import TrlSteps
 from prlhf.data.collate import PairBatch, collate_pairs
 from prlhf.data.records import UserIndex
 from prlhf.data.tokenize import TokenizedPair
+from prlhf.engine.build import make_autocast
 from prlhf.engine.objective import Objective, ReferenceLogps
-from prlhf.engine.reference import LiveReference
+from prlhf.engine.reference import LiveReference, compute_reference_table
 from prlhf.evaluation.report import make_table
 from prlhf.losses import pdpo_loss, response_logps
 from prlhf.models.lora import add_lora_
@@ -57,6 +60,7 @@ BATCH_ROWS = 4
 NUM_USERS = 16
 NUM_USER_TOKENS = 10
 BETA, ALPHA = 0.1, 0.5
+JOBS = ((True, "fp32"), (False, "fp32"), (True, "bf16"), (False, "bf16"))  # with LoRA or in full
 PROBES = ((2048, 2048, 2048), (4000, 384, 1024), (4000, 1024, 384), (800, 384, 32000))
 
 
@@ -68,6 +72,7 @@ class Bench:
     packing: Packing
     trl: TrlSteps | None
     optimizers: list[torch.optim.Optimizer]
+    autocast: Callable[[], AbstractContextManager[object]]
 
     def update(self) -> None:
         """One step with whatever gradients there are."""
@@ -102,8 +107,8 @@ def make_policy(
     return policy.to(device)
 
 
-def make_bench(*, lora: bool, with_trl: bool = False) -> Bench:
-    """The small model, trained in full or with LoRA."""
+def make_bench(*, lora: bool, precision: str = "fp32", with_trl: bool = False) -> Bench:
+    """The small model, trained in full or with LoRA; weights are float32, matmuls of the precision."""
     policy = make_policy(small_llama())
     assert policy.packing is not None
     trl = TrlSteps(policy.backbone, lora=lora, beta=BETA, num_user_tokens=NUM_USER_TOKENS) if with_trl else None
@@ -111,7 +116,8 @@ def make_bench(*, lora: bool, with_trl: bool = False) -> Bench:
         add_lora_(policy.backbone, rank=8, alpha=16.0, dropout=0.0, targets="auto")
     policy.reference = Reference(policy, frozen_copy=not lora)
     trained = [list(policy.trainable().values()), *([trl.parameters()] if trl else [])]
-    return Bench(policy, policy.packing, trl, [torch.optim.AdamW(each, lr=1e-5, fused=True) for each in trained])
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(each, lr=1e-5, fused=True) for each in trained]
+    return Bench(policy, policy.packing, trl, optimizers, make_autocast(precision, torch.device("cpu")))
 
 
 def draw_rows(shape: str, rng: np.random.Generator) -> list[TokenizedPair]:
@@ -140,7 +146,8 @@ class Step:
 def make_step(bench: Bench, rows: list[TokenizedPair]) -> Step:
     """The step of these rows."""
     batch = collate_pairs(rows, pad_id=0)
-    return Step(rows, batch, LiveReference(bench.policy.reference)(batch))
+    with bench.autocast():
+        return Step(rows, batch, LiveReference(bench.policy.reference)(batch))
 
 
 def prlhf_losses(bench: Bench, step: Step, *, packed: bool) -> Tensor:
@@ -207,21 +214,39 @@ def ways_here() -> list[str]:
 def time_step(bench: Bench, way: str, step: Step) -> float:
     """Seconds of one optimizer step."""
     began = time.perf_counter()
-    WAYS[way](bench, step).mean().backward()
+    with bench.autocast():
+        loss = WAYS[way](bench, step).mean()
+    loss.backward()
     bench.update()
     return time.perf_counter() - began
 
 
-def peak_memory(way: str, shape: str, *, lora: bool, threads: int) -> float:
-    """GiB that a process of its own takes at most over three steps of a way."""
-    command = [sys.executable, "-m", "benchmarks.cpu", "--probe", way, shape, str(int(lora)), "--threads", str(threads)]
+def time_reference(bench: Bench, step: Step, *, trl: bool) -> float:
+    """Seconds of the reference's log-probs of a step's rows, before training; TRL has every row twice."""
+    bench.policy.packing = bench.packing
+    began = time.perf_counter()
+    if trl:
+        assert bench.trl is not None
+        with bench.autocast():
+            bench.trl.reference_logps(step.rows)
+    else:
+        compute_reference_table(
+            bench.policy.reference, step.rows, pad_id=0, microbatch_tokens=4096, autocast=bench.autocast
+        )
+    return time.perf_counter() - began
+
+
+def peak_memory(way: str, shape: str, *, lora: bool, precision: str, threads: int) -> float:
+    """GiB that a process of its own takes at most over two steps of a way."""
+    probe = [way, shape, str(int(lora)), precision]
+    command = [sys.executable, "-m", "benchmarks.cpu", "--probe", *probe, "--threads", str(threads)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
 
 
-def probe_memory(way: str, shape: str, *, lora: bool) -> float:
-    """GiB of this process after three steps of a way."""
-    bench, rng = make_bench(lora=lora, with_trl=way in TRL_WAYS), np.random.default_rng(0)
-    for _ in range(3):
+def probe_memory(way: str, shape: str, *, lora: bool, precision: str) -> float:
+    """GiB of this process after two steps of a way: the second has the optimizer's moments beside it."""
+    bench, rng = make_bench(lora=lora, precision=precision, with_trl=way in TRL_WAYS), np.random.default_rng(0)
+    for _ in range(2):
         time_step(bench, way, make_step(bench, draw_rows(shape, rng)))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
@@ -266,73 +291,94 @@ def matmul_rate(
     return statistics.median(rates)
 
 
-def measure(shape: str, *, lora: bool, repeats: int, seed: int, threads: int) -> dict[str, Any]:
+def measure(shape: str, *, lora: bool, precision: str, repeats: int, seed: int) -> dict[str, Any]:
     """Medians over repeats; every way sees the same rows."""
     ways = ways_here()
-    bench, rng = make_bench(lora=lora, with_trl="trl" in ways), np.random.default_rng(seed)
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    shares = []
+    passes = {"reference": False, **({"trl_reference": True} if "trl" in ways else {})}
+    bench = make_bench(lora=lora, precision=precision, with_trl="trl" in ways)
+    rng, dtype = np.random.default_rng(seed), torch.bfloat16 if precision == "bf16" else torch.float32
+    seconds: dict[str, list[float]] = {way: [] for way in (*ways, *passes)}
+    shares, rates = [], []
     for repeat in range(repeats + 1):
-        rate, step = matmul_rate(), make_step(bench, draw_rows(shape, rng))
-        for way in rng.permutation(ways).tolist():
-            taken = time_step(bench, way, step)
+        rate, step = matmul_rate(dtype=dtype), make_step(bench, draw_rows(shape, rng))
+        for way in rng.permutation(list(seconds)).tolist():
+            taken = time_reference(bench, step, trl=passes[way]) if way in passes else time_step(bench, way, step)
             if repeat:  # the first one warms up
                 seconds[way].append(taken)
         if repeat:
+            rates.append(rate)
             shares.append(useful_flops(step.rows, small_llama(), lora=lora) / seconds["packed"][-1] / rate)
-    ratios = {
-        way: statistics.median(other / own for other, own in zip(seconds[way], seconds["packed"], strict=True))
-        for way in ways
-    }
+
+    def ratio(way: str, own: str) -> float:
+        return statistics.median(theirs / ours for theirs, ours in zip(seconds[way], seconds[own], strict=True))
+
     return {
         "shape": shape,
         "train": "LoRA" if lora else "full",
+        "precision": precision,
         "rows_per_s": {way: BATCH_ROWS / statistics.median(values) for way, values in seconds.items()},
-        "packed_over": {way: ratio for way, ratio in ratios.items() if way != "packed"},
+        "packed_over": {way: ratio(way, "packed") for way in ways if way != "packed"},
+        "reference_over": {way: ratio(way, "reference") for way in passes if way != "reference"},
         "share_of_matmul_rate": statistics.median(shares),
-        "peak_gib": {way: peak_memory(way, shape, lora=lora, threads=threads) for way in ways},
+        "matmul_gflop_per_s": statistics.median(rates) / 1e9,
     }
 
 
 def format_results(results: Sequence[dict[str, Any]]) -> str:
-    """One row a shape and kind of training."""
+    """One row a shape and kind of training, and one for the mean ratios over its shapes."""
     others = [way for way in WAYS if way in results[0]["packed_over"]]
-    header = ["shape", "trained", "packed, rows/s", *(f"over {way}" for way in others), "share of the matmul rate",
-              "packed, GiB", *(f"{way}, GiB" for way in others)]
-    rows = [
-        [
-            result["shape"],
-            result["train"],
-            f"{result['rows_per_s']['packed']:.2f}",
-            *(f"{result['packed_over'][way]:.2f}" for way in others),
-            f"{result['share_of_matmul_rate']:.2f}",
-            *(f"{result['peak_gib'][way]:.2f}" for way in ("packed", *others)),
+    passes = list(results[0]["reference_over"])
+    header = ["trained", "shape", "packed, rows/s", *(f"over {way}" for way in others),
+              *(["reference pass over TRL's"] if passes else []), "share of the matmul rate", "packed, GiB",
+              *(f"{way}, GiB" for way in others)]
+    rows = []
+    for kind in dict.fromkeys((result["train"], result["precision"]) for result in results):
+        own = [result for result in results if (result["train"], result["precision"]) == kind]
+        rows += [
+            [
+                " ".join(kind),
+                result["shape"],
+                f"{result['rows_per_s']['packed']:.2f}",
+                *(f"{result['packed_over'][way]:.2f}" for way in others),
+                *(f"{result['reference_over'][way]:.2f}" for way in passes),
+                f"{result['share_of_matmul_rate']:.2f}",
+                *(f"{result['peak_gib'][way]:.2f}" for way in ("packed", *others)),
+            ]
+            for result in own
         ]
-        for result in results
-    ]
+        means = [("packed_over", way) for way in others] + [("reference_over", way) for way in passes]
+        mean = [f"{statistics.mean(result[key][way] for result in own):.2f}" for key, way in means]
+        rows.append([" ".join(kind), "mean", "", *mean, *[""] * (2 + len(others))])
     return make_table(header, rows)
 
 
 def main() -> None:
-    """Measure every shape with LoRA and in full; print a table and write JSON."""
+    """Measure every shape with LoRA and in full, in both precisions; print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--probe", nargs=3, metavar=("WAY", "SHAPE", "LORA"), help=argparse.SUPPRESS)
+    parser.add_argument("--trained", nargs="+", choices=("LoRA", "full"), default=["LoRA", "full"])
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--probe", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--document", type=Path, help="also put the table into this Markdown file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.probe:
-        way, shape, lora = args.probe
-        sys.stdout.write(f"{probe_memory(way, shape, lora=lora == '1')}\n")
+        way, shape, lora, precision = args.probe
+        sys.stdout.write(f"{probe_memory(way, shape, lora=lora == '1', precision=precision)}\n")
         return
-    results = [
-        measure(shape, lora=lora, repeats=args.repeats, seed=args.seed, threads=args.threads)
-        for lora in (True, False)
-        for shape in args.shapes
-    ]
+    results = []
+    for lora, precision in JOBS:
+        wanted = precision in args.precisions and ("LoRA" if lora else "full") in args.trained
+        for shape in args.shapes if wanted else []:
+            results.append(measure(shape, lora=lora, precision=precision, repeats=args.repeats, seed=args.seed))
+            sys.stderr.write(f"{json.dumps(results[-1])}\n")
+    for result in results:  # other work does not disturb these
+        job = {"lora": result["train"] == "LoRA", "precision": result["precision"], "threads": args.threads}
+        result["peak_gib"] = {way: peak_memory(way, result["shape"], **job) for way in ways_here()}
     setting = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -343,7 +389,11 @@ def main() -> None:
     }
     if args.out:
         args.out.write_text(json.dumps({"setting": setting, "results": results}, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(format_results(results) + "\n")
+    table = format_results(results)
+    sys.stdout.write(table + "\n")
+    if args.document:
+        about = describe_run("python -m benchmarks.cpu", **setting)
+        write_section(args.document, "training steps", f"{about}\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Greedy answers on this machine: a batch of users against the authors' way, one prompt at a time without a cache.
 
-    python benchmarks/generation.py --repeats 5 --out generation.md
+    python -m benchmarks.generation --repeats 5 --document docs/benchmarks.md
 
 The model is `builtin:tiny`, every prompt has a user of its own and 10 soft tokens, lengths are log-normal, and every
 answer is 64 tokens long (EOS is made unlikely). The authors' way is transformers' `generate` on ids with
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from benchmarks.document import describe_run, write_section
 from prlhf.data.records import UserIndex
 from prlhf.evaluation.report import make_table
 from prlhf.generation import SamplingOptions, generate_ids
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=int, nargs="+", default=list(NUM_PROMPTS))
     parser.add_argument("--authors-rows", type=int, default=4, help="prompts that the authors' way answers a repeat")
-    parser.add_argument("--out", type=Path, help="also write the table as Markdown")
+    parser.add_argument("--document", type=Path, help="also put the table into this Markdown file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter
@@ -169,8 +170,10 @@ def main() -> None:
     header = ["prompts", "authors' way, tokens/s", "prlhf, tokens/s", "ratio", "range", "answers that agree"]
     table = make_table(header, [measure(count, **settings) for count in args.prompts])
     sys.stdout.write(table + "\n")
-    if args.out:
-        args.out.write_text(table + "\n", encoding="utf-8")
+    if args.document:
+        setting = {"torch": torch.__version__, "threads": args.threads, "repeats": args.repeats, "seed": args.seed}
+        about = describe_run("python -m benchmarks.generation", **setting)
+        write_section(args.document, "generation", f"{about}\n\n{table}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,23 @@ class TrlSteps:
         Args:
             reference: of the rows, where it is known beforehand; None: a forward pass of the reference.
         """
+        inputs = self._collate(rows)
+        self.trainer.precompute_ref_logps = reference is not None
+        if reference is not None:
+            inputs["ref_chosen_logps"] = torch.cat([reference.chosen] * 2)
+            inputs["ref_rejected_logps"] = torch.cat([reference.rejected] * 2)
+        with mock.patch("trl.trainer.utils._use_triton", lambda _: True):
+            loss: Tensor = self.trainer.compute_loss(self.trainer.model, inputs)
+        return loss
+
+    def reference_logps(self, rows: Sequence[TokenizedPair]) -> tuple[Tensor, Tensor]:
+        """Log-probs of the chosen and of the rejected responses under the reference, rows and copies: (2 B,) each."""
+        model = self.trainer.ref_model or self.trainer.model
+        with mock.patch("trl.trainer.utils._use_triton", lambda _: True):
+            chosen, rejected = self.trainer.compute_ref_log_probs(model, self._collate(rows))
+        return chosen, rejected
+
+    def _collate(self, rows: Sequence[TokenizedPair]) -> dict[str, Tensor]:
         soft = (PLACEHOLDER,) * self._num_user_tokens
         examples = [
             {
@@ -70,11 +87,5 @@ class TrlSteps:
             for _ in range(2)
             for row in rows
         ]
-        inputs = self.trainer.data_collator(examples)
-        self.trainer.precompute_ref_logps = reference is not None
-        if reference is not None:
-            inputs["ref_chosen_logps"] = torch.cat([reference.chosen] * 2)
-            inputs["ref_rejected_logps"] = torch.cat([reference.rejected] * 2)
-        with mock.patch("trl.trainer.utils._use_triton", lambda _: True):
-            loss: Tensor = self.trainer.compute_loss(self.trainer.model, inputs)
-        return loss
+        inputs: dict[str, Tensor] = self.trainer.data_collator(examples)
+        return inputs

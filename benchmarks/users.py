@@ -1,6 +1,6 @@
 """Users from a thousand to ten million: what a training step costs, and the store's opening, reading, appending.
 
-    python benchmarks/users.py --directory /tmp/users_bench --out users.json
+    python -m benchmarks.users --directory /tmp/users_bench --out users.json
 
 A step is the users' part alone, forward to optimizer, of 16 rows of random users; memory is that after 200 steps,
 without the pages of the tables' files, which the system may take back, and with them.
@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.document import describe_run, write_section
 from prlhf.engine.optim import all_reduce_gradients_, clip_gradients_, make_optimizer
 from prlhf.evaluation.report import make_table
 from prlhf.usermodel import IndividualUserModel, LowRankUserModel
@@ -50,6 +51,7 @@ SIZES = (
     ("low-rank, bfloat16", 10_000_000),
     ("individual, bfloat16", 1_000_000),
 )
+ROOT = Path(__file__).resolve().parents[1]
 NUM_READS = 2000
 TABLES = (
     ("individual", 1_000),
@@ -155,8 +157,14 @@ def peak_mib() -> float:
 
 def run_apart(half: str, kind: str, num_users: int, args: argparse.Namespace) -> dict[str, Any]:
     """The figures of one process."""
-    command = [sys.executable, __file__, "--half", half, kind, str(num_users), "--batch", str(args.batch)]
-    done = subprocess.run([*command, "--directory", str(args.directory)], check=True, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.users", "--half", half, kind, str(num_users)]
+    done = subprocess.run(
+        [*command, "--batch", str(args.batch), "--directory", str(args.directory.resolve())],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     return {"kind": kind, "num_users": num_users, **json.loads(done.stdout)}
 
 
@@ -213,6 +221,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--max-users", type=int, default=10_000_000, help="leave larger sizes out")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--document", type=Path, help="also put the tables into this Markdown file")
     parser.add_argument("--half", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -234,6 +243,9 @@ def main() -> None:
     if args.out:
         figures = {"setting": setting, "steps": steps, "stores": stores}
         args.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    if args.document:
+        about = describe_run("python -m benchmarks.users", **setting)
+        write_section(args.document, "users", "\n\n".join([about, format_steps(steps), format_results(stores)]))
 
 
 if __name__ == "__main__":

@@ -64,10 +64,13 @@ def test_logits_of_a_thousand_do_not_overflow():
 def test_under_autocast_matmuls_are_bfloat16_and_sums_float32():
     hidden, weight, _, targets = _inputs(torch.float32)
     hidden.requires_grad_()
+    weight.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logps = linear_token_logps(hidden, weight, None, targets)
-    expected = (hidden.detach().bfloat16() @ weight.bfloat16().T).float().log_softmax(-1)
+    expected = (hidden.detach().bfloat16() @ weight.detach().bfloat16().T).float().log_softmax(-1)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps, expected.gather(1, targets[:, None])[:, 0], rtol=0, atol=1e-5)
     logps.sum().backward()
-    assert hidden.grad.dtype == torch.float32
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+    slopes = F.one_hot(targets, VOCAB) - expected.exp()
+    torch.testing.assert_close(weight.grad, slopes.T @ hidden.detach(), rtol=0, atol=0.05)
