@@ -329,7 +329,7 @@ def format_results(results: Sequence[dict[str, Any]]) -> str:
     others = [way for way in WAYS if way in results[0]["packed_over"]]
     passes = list(results[0]["reference_over"])
     header = ["trained", "shape", "packed, rows/s", *(f"over {way}" for way in others),
-              *(["reference pass over TRL's"] if passes else []), "share of the matmul rate", "packed, GiB",
+              *(["TRL's reference pass over prlhf's"] if passes else []), "share of the matmul rate", "packed, GiB",
               *(f"{way}, GiB" for way in others)]
     rows = []
     for kind in dict.fromkeys((result["train"], result["precision"]) for result in results):

@@ -77,7 +77,10 @@ class _FlashTrees(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and value."""
         query, key, value, out, lse = ctx.saved_tensors
-        grad, output = grads[0].transpose(1, 2), out.transpose(1, 2)
+        dtype, given = query.dtype, grads[0]
+        if dtype == torch.bfloat16:  # in which this kernel is slower than in float32
+            query, key, value, out, given = (x.float() for x in (query, key, value, out, given))
+        grad, output = given.transpose(1, 2), out.transpose(1, 2)
         # Laid out as the projections made them.
         d_query, d_key, d_value = (
             torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
@@ -102,7 +105,7 @@ class _FlashTrees(torch.autograd.Function):
                     d_query[:, :, own] += dq
                     d_key[:, :, prefix] += dk
                     d_value[:, :, prefix] += dv
-        return d_query, d_key, d_value, None, None
+        return d_query.to(dtype), d_key.to(dtype), d_value.to(dtype), None, None
 
 
 def _attend(

@@ -57,10 +57,18 @@ def test_gradients_are_those_of_the_paths(attend):
 
 
 def test_bfloat16_stays_within_its_rounding():
-    output = tree_attention(*_inputs(torch.bfloat16), TREES, SCALE)
+    inputs = _inputs(torch.bfloat16)
+    output = tree_attention(*inputs, TREES, SCALE)
     assert output.dtype == torch.bfloat16
-    expected = _path_by_path(*(x.detach().double() for x in _inputs(torch.bfloat16)))
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected = _path_by_path(*wide)
     torch.testing.assert_close(output[0].double(), expected, rtol=0, atol=2e-2)
+    upstream = torch.linspace(-1, 1, NUM_TOKENS * NUM_HEADS * DIM, dtype=torch.float64)
+    gradients = torch.autograd.grad((output.double().flatten() * upstream).sum(), inputs)
+    slopes = torch.autograd.grad((expected.flatten() * upstream).sum(), wide)
+    for gradient, slope in zip(gradients, slopes, strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert (gradient.double() - slope).norm() < 1e-2 * slope.norm()
 
 
 def test_without_torchs_kernel_the_masked_way_is_taken(monkeypatch):
