@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from prlhf.errors import CheckpointError, ModelError
 
 PEFT_PREFIX = "base_model.model."
-# From here on adding B A to the weight costs less than a pass over the tokens' outputs does.
-MIN_TOKENS_TO_MERGE = 256
 
 
 class LoraLinear(nn.Module):
@@ -38,7 +35,7 @@ class LoraLinear(nn.Module):
         self, base: nn.Linear | Conv1D, *, rank: int, alpha: float, dropout: float, generator: torch.Generator
     ) -> None:
         super().__init__()
-        num_outputs, num_inputs = _weight_of(base).shape
+        num_outputs, num_inputs = (base.weight.T if isinstance(base, Conv1D) else base.weight).shape
         lora_a = torch.empty(rank, num_inputs)
         nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5), generator=generator)
         device = base.weight.device
@@ -51,58 +48,12 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out), in the base layer's type; the base alone inside `adapters_disabled`."""
-        if self.enabled and self._may_merge(x):
-            return _MergedLinear.apply(x, _weight_of(self.base), self.base.bias, self.lora_A, self.lora_B, self.scale)
         output = self.base(x)
         if not self.enabled:
             return output
         # Scaled while it is still `rank` wide: a pass over the outputs less, forward and backward.
         low_rank = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A) * self.scale
         return (output + F.linear(low_rank, self.lora_B)).to(output.dtype)
-
-    def _may_merge(self, x: Tensor) -> bool:
-        """Whether base + B A may be one matrix: in float32 it holds both to rounding, in bfloat16 it would lose B A."""
-        return (
-            x.dtype == self.base.weight.dtype == torch.float32
-            and type(self.base.weight) is nn.Parameter
-            and x.numel() >= MIN_TOKENS_TO_MERGE * x.shape[-1]
-            and not (self.training and isinstance(self.dropout, nn.Dropout))
-            and not torch.is_autocast_enabled(x.device.type)
-        )
-
-
-class _MergedLinear(torch.autograd.Function):
-    """x (W + scale B A)^T + bias with W frozen: over the tokens' outputs nothing runs but the one matmul."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
-    ) -> Tensor:
-        """(..., in) to (..., out)."""
-        ctx.save_for_backward(x, weight, lora_a, lora_b)
-        ctx.scale = scale
-        return F.linear(x, torch.addmm(weight, lora_b, lora_a, alpha=scale), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, A and B; the matrix is made again, which takes less than keeping it."""
-        x, weight, lora_a, lora_b = ctx.saved_tensors
-        rows, grad_rows = x.flatten(0, -2), grad.flatten(0, -2)
-        d_x = d_a = d_b = None
-        if ctx.needs_input_grad[0]:
-            d_x = (grad_rows @ torch.addmm(weight, lora_b, lora_a, alpha=ctx.scale)).view_as(x)
-        # The wide matrix is the transposed one in both: several times as fast on a CPU as the other way round.
-        if ctx.needs_input_grad[3]:
-            d_a = (rows.T @ (grad_rows @ lora_b)).T * ctx.scale
-        if ctx.needs_input_grad[4]:
-            d_b = grad_rows.T @ (rows @ lora_a.T) * ctx.scale
-        return d_x, None, None, d_a, d_b, None
-
-
-def _weight_of(base: nn.Linear | Conv1D) -> Tensor:
-    """(out, in)."""
-    return base.weight.T if isinstance(base, Conv1D) else base.weight
 
 
 def add_lora_(

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from prlhf.errors import CheckpointError, ModelError
-from prlhf.models import lora
 from prlhf.models.lora import (
     LoraLinear,
     adapters_disabled,
@@ -286,46 +285,3 @@ def test_state_dict_loads_into_peft_and_gives_the_same_logits(family):
     # Two programs, one formula in float32: the order of a few operations differs.
     torch.testing.assert_close(_logits(theirs), _logits(ours), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(_logits(theirs), base, atol=1e-3)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gptj", "qwen2"])
-def test_the_merged_layer_is_the_layer_by_parts_in_outputs_and_gradients(family, monkeypatch):
-    """From some hundred tokens on base and adapter are one matrix; no token knows."""
-    model = _trained(family)
-    ids = torch.randint(3, VOCAB_SIZE, (1, 40), generator=torch.Generator().manual_seed(3))
-    weights = torch.randn(1, 40, VOCAB_SIZE, generator=torch.Generator().manual_seed(4))
-    results, merged = [], []
-    merge = lora._MergedLinear.forward
-    monkeypatch.setattr(lora._MergedLinear, "forward", lambda *args: merged.append(1) or merge(*args))
-    for least in (1, 10**9):
-        monkeypatch.setattr(lora, "MIN_TOKENS_TO_MERGE", least)
-        model.zero_grad()
-        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
-        logits = model(inputs_embeds=embeds, use_cache=False).logits
-        (logits * weights).sum().backward()
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        results.append([logits.detach(), embeds.grad, *grads])
-    assert len(merged) == len(lora._lora_layers(model))
-    for together, apart in zip(*results, strict=True):
-        assert (together - apart).norm() <= 1e-5 * apart.norm()
-
-
-def test_a_merged_layer_with_fresh_adapters_is_its_base_bitwise(monkeypatch):
-    monkeypatch.setattr(lora, "MIN_TOKENS_TO_MERGE", 1)
-    model = tiny_model("llama")
-    before = _logits(model)
-    _add_lora_(model)
-    assert torch.equal(_logits(model), before)
-
-
-@pytest.mark.parametrize("reason", ["bfloat16", "autocast", "dropout"])
-def test_base_and_adapter_stay_apart_where_one_matrix_would_not_be_the_same(reason, monkeypatch):
-    monkeypatch.setattr(lora, "MIN_TOKENS_TO_MERGE", 1)
-    monkeypatch.setattr(lora._MergedLinear, "forward", staticmethod(lambda *args: pytest.fail("merged")))
-    dtype = torch.bfloat16 if reason == "bfloat16" else torch.float32
-    layer = LoraLinear(
-        nn.Linear(6, 5).to(dtype), rank=2, alpha=2.0, dropout=0.5 if reason == "dropout" else 0.0,
-        generator=torch.Generator().manual_seed(0),
-    )
-    with torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast"):
-        assert layer.train()(torch.randn(3, 6, dtype=dtype)).isfinite().all()
