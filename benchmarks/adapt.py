@@ -40,11 +40,12 @@ from prlhf.data.load import load_preference_data
 from prlhf.data.prepared import write_prepared
 from prlhf.data.records import PreferenceData, PreferenceRow
 from prlhf.engine.checkpoint import CONFIG
+from prlhf.engine.final import sampling_options
 from prlhf.evaluation.accuracy import bootstrap_interval, has_length_gap
 from prlhf.evaluation.judges import RuleJudge
 from prlhf.evaluation.report import make_table
 from prlhf.evaluation.samples import user_indices
-from prlhf.generation import SamplingOptions, generate
+from prlhf.generation import generate
 from prlhf.models.assemble import load_model, resolve_checkpoint
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
@@ -197,15 +198,11 @@ def measure_generations(
         write_with_users(directory, Path(folder) / "with_users", model, states, {})
         policy = load_model(Path(folder) / "with_users")
     assert isinstance(policy, PersonalizedPolicy)
-    options = SamplingOptions(
-        max_new_tokens=config.eval.max_new_tokens, temperature=config.eval.temperature, top_p=config.eval.top_p,
-        seed=config.seed,
-    )
     shares = {}
     for name, subject in names.items():
         asked = list(dict.fromkeys(row.prompt for row in subject.test))[:prompts]
         answers = generate(
-            policy, asked, user_indices(policy, [name] * len(asked)), options=options,
+            policy, asked, user_indices(policy, [name] * len(asked)), options=sampling_options(config),
             max_prompt_tokens=config.data.max_prompt_tokens,
         )
         shares[subject.user_id] = float(np.mean([judge.on_side(answer, subject.user_id) for answer in answers]))

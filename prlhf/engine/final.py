@@ -231,15 +231,7 @@ class Evaluator:
         self, prompts: Sequence[Prompt], users: Sequence[str], texts: Mapping[str, str], *, as_reference: bool
     ) -> list[Sample]:
         assert isinstance(self.model, PersonalizedPolicy)
-        policy, settings = self.model, self.config.eval
-        options = SamplingOptions(
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=self.config.seed,
-            repetition_penalty=settings.repetition_penalty,
-            no_repeat_ngram_size=settings.no_repeat_ngram_size,
-        )
+        policy, settings, options = self.model, self.config.eval, sampling_options(self.config)
         with self.autocast():
             return sample_answers(
                 policy,
@@ -272,6 +264,19 @@ class Evaluator:
     def _tokenize_responses(self, rows: Sequence[ResponseRow]) -> list[TokenizedResponse]:
         limits = tokenize_limits(self.config, self.model)
         return tokenize_responses(rows, self.model.tokenizer, **limits).rows
+
+
+def sampling_options(config: Config) -> SamplingOptions:
+    """How a run's own answers are sampled."""
+    settings = config.eval
+    return SamplingOptions(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        seed=config.seed,
+        repetition_penalty=settings.repetition_penalty,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
+    )
 
 
 def evaluate_preferences(
