@@ -7,219 +7,54 @@ reported is the median over repeats of the ratio of rows/s. A step is 4 rows, bo
 step. The authors' way repeats every row for the generic user, pads all 8 rows x 2 responses to one length, computes
 logits at every position, and runs the reference in each step. "trl" is TRL's DPOTrainer on the repeated rows, and
 "trl_pre" the same with known log-probs of the reference, as packed and padded have them. Peak memory is that of a
-process for each way. The reference pass is timed apart: TRL's on the repeated rows over prlhf's.
+process for each way. "compiled" and "trl_compiled" are "packed" and "trl" with the decoder's blocks in the hands of
+torch.compile, which takes a minute or two for each kind of training. The reference pass is timed apart: TRL's on the
+repeated rows over prlhf's.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from benchmarks.document import describe_run, write_section
-from benchmarks.trl_way import TrlSteps
-from prlhf.data.collate import PairBatch, collate_pairs
-from prlhf.data.records import UserIndex
+from benchmarks.ways import (
+    BATCH_ROWS,
+    COMPILED_WAYS,
+    NUM_USER_TOKENS,
+    SHAPES,
+    TRL_WAYS,
+    WAYS,
+    Bench,
+    Step,
+    draw_rows,
+    make_bench,
+    make_step,
+    small_llama,
+    time_step,
+    ways_here,
+)
 from prlhf.data.tokenize import TokenizedPair
-from prlhf.engine.build import make_autocast
-from prlhf.engine.objective import Objective, ReferenceLogps
-from prlhf.engine.reference import LiveReference, compute_reference_table
+from prlhf.engine.reference import compute_reference_table
 from prlhf.evaluation.report import make_table
-from prlhf.losses import pdpo_loss, response_logps
-from prlhf.models.lora import add_lora_
-from prlhf.models.packing import Packing, set_up_packing_
-from prlhf.models.policy import PersonalizedPolicy, Reference
-from prlhf.usermodel import IndividualUserModel
 
 ROOT = Path(__file__).resolve().parents[1]
-# Mean tokens of prompt, chosen and rejected response; lengths are log-normal.
-SHAPES = {"tldr": (348, 35, 35), "psoups": (61, 198, 198), "prism": (245, 142, 143)}
-SPREAD = 0.35
-BATCH_ROWS = 4
-NUM_USERS = 16
-NUM_USER_TOKENS = 10
-BETA, ALPHA = 0.1, 0.5
 JOBS = ((True, "fp32"), (False, "fp32"), (True, "bf16"), (False, "bf16"))  # with LoRA or in full
 PROBES = ((2048, 2048, 2048), (4000, 384, 1024), (4000, 1024, 384), (800, 384, 32000))
-
-
-@dataclass
-class Bench:
-    """A policy in training, and the same one in TRL's hands."""
-
-    policy: PersonalizedPolicy
-    packing: Packing
-    trl: TrlSteps | None
-    optimizers: list[torch.optim.Optimizer]
-    autocast: Callable[[], AbstractContextManager[object]]
-
-    def update(self) -> None:
-        """One step with whatever gradients there are."""
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-
-def small_llama() -> LlamaConfig:
-    """A Llama of 26.4 M parameters."""
-    return LlamaConfig(
-        hidden_size=384, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=6, intermediate_size=1024,
-        vocab_size=32000, tie_word_embeddings=True, max_position_embeddings=2048,
-    )
-
-
-def make_policy(
-    config: LlamaConfig, *, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> PersonalizedPolicy:
-    """Random weights, made on the device, and users; every tensor is trained."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        backbone = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    packing = set_up_packing_(backbone)
-    assert isinstance(packing, Packing), packing
-    dim = config.hidden_size
-    encoder = IndividualUserModel(num_users=NUM_USERS, num_user_tokens=NUM_USER_TOKENS, dim=dim)
-    encoder.init_(0.02 * torch.randn(NUM_USER_TOKENS, dim))
-    users = UserIndex([f"u{i}" for i in range(NUM_USERS)])
-    policy = PersonalizedPolicy(backbone, SimpleNamespace(bos_token_id=1), user_encoder=encoder, users=users)
-    policy.packing = packing
-    return policy.to(device)
-
-
-def make_bench(*, lora: bool, precision: str = "fp32", with_trl: bool = False) -> Bench:
-    """The small model, trained in full or with LoRA; weights are float32, matmuls of the precision."""
-    policy = make_policy(small_llama())
-    assert policy.packing is not None
-    trl = TrlSteps(policy.backbone, lora=lora, beta=BETA, num_user_tokens=NUM_USER_TOKENS) if with_trl else None
-    if lora:
-        add_lora_(policy.backbone, rank=8, alpha=16.0, dropout=0.0, targets="auto")
-    policy.reference = Reference(policy, frozen_copy=not lora)
-    trained = [list(policy.trainable().values()), *([trl.parameters()] if trl else [])]
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(each, lr=1e-5, fused=True) for each in trained]
-    return Bench(policy, policy.packing, trl, optimizers, make_autocast(precision, torch.device("cpu")))
-
-
-def draw_rows(shape: str, rng: np.random.Generator) -> list[TokenizedPair]:
-    """One step's rows."""
-
-    def tokens(mean: int) -> tuple[int, ...]:
-        length = max(2, round(rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD)))
-        return tuple(rng.integers(3, 32000, length).tolist())
-
-    prompt, chosen, rejected = SHAPES[shape]
-    return [
-        TokenizedPair(row, int(rng.integers(1, NUM_USERS + 1)), (1, *tokens(prompt)), tokens(chosen), tokens(rejected))
-        for row in range(BATCH_ROWS)
-    ]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step's rows, collated, and what is known of them beforehand."""
-
-    rows: list[TokenizedPair]
-    batch: PairBatch
-    reference: ReferenceLogps
-
-
-def make_step(bench: Bench, rows: list[TokenizedPair]) -> Step:
-    """The step of these rows."""
-    batch = collate_pairs(rows, pad_id=0)
-    with bench.autocast():
-        return Step(rows, batch, LiveReference(bench.policy.reference)(batch))
-
-
-def prlhf_losses(bench: Bench, step: Step, *, packed: bool) -> Tensor:
-    """P-DPO as prlhf computes it."""
-    bench.policy.packing = bench.packing if packed else None
-    return Objective("pdpo", beta=BETA, alpha=ALPHA)(bench.policy, step.batch, step.reference).losses
-
-
-def authors_losses(bench: Bench, step: Step) -> Tensor:
-    """P-DPO as the authors' code computes it."""
-    policy, batch = bench.policy, step.batch
-    user_ids = torch.cat([batch.user_ids, torch.zeros_like(batch.user_ids)])
-    chosen, rejected = batch.input_ids.chunk(2)
-    chosen_labels, rejected_labels = batch.labels.chunk(2)
-    ids = torch.cat([chosen, chosen, rejected, rejected])
-    labels = torch.cat([chosen_labels, chosen_labels, rejected_labels, rejected_labels])
-
-    def logps(model: torch.nn.Module, users: Tensor | None) -> Tensor:
-        embeds = policy.input_embeds(ids, users, None, None if users is None else torch.arange(len(users)).repeat(2))
-        num_soft = embeds.shape[1] - ids.shape[1]
-        mask = torch.ones(embeds.shape[:2], dtype=torch.int64)
-        logits = model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).logits
-        return response_logps(logits, F.pad(labels, (num_soft, 0), value=-100))
-
-    with policy.reference.active() as frozen:
-        reference = logps(frozen.backbone, None).chunk(4)
-    individual_chosen, generic_chosen, individual_rejected, generic_rejected = logps(
-        policy.backbone, user_ids
-    ).chunk(4)
-    return pdpo_loss(
-        individual_chosen,
-        individual_rejected,
-        generic_chosen,
-        generic_rejected,
-        reference[0],
-        reference[2],
-        alpha=ALPHA,
-        beta=BETA,
-    ).losses
-
-
-def trl_losses(bench: Bench, step: Step, *, precomputed: bool) -> Tensor:
-    """The mean that TRL trains."""
-    assert bench.trl is not None
-    return bench.trl.loss(step.rows, step.reference if precomputed else None)
-
-
-WAYS: dict[str, Callable[[Bench, Step], Tensor]] = {
-    "packed": partial(prlhf_losses, packed=True),
-    "padded": partial(prlhf_losses, packed=False),
-    "authors": authors_losses,
-    "trl": partial(trl_losses, precomputed=False),
-    "trl_pre": partial(trl_losses, precomputed=True),
-}
-TRL_WAYS = ("trl", "trl_pre")
-
-
-def ways_here() -> list[str]:
-    """Those that can be run: TRL's where it is installed."""
-    has_trl = all(importlib.util.find_spec(name) for name in ("trl", "peft"))
-    return [way for way in WAYS if has_trl or way not in TRL_WAYS]
-
-
-def time_step(bench: Bench, way: str, step: Step) -> float:
-    """Seconds of one optimizer step."""
-    began = time.perf_counter()
-    with bench.autocast():
-        loss = WAYS[way](bench, step).mean()
-    loss.backward()
-    bench.update()
-    return time.perf_counter() - began
-
 
 def time_reference(bench: Bench, step: Step, *, trl: bool) -> float:
     """Seconds of the reference's log-probs of a step's rows, before training; TRL has every row twice."""
@@ -245,10 +80,13 @@ def peak_memory(way: str, shape: str, *, lora: bool, precision: str, threads: in
 
 def probe_memory(way: str, shape: str, *, lora: bool, precision: str) -> float:
     """GiB of this process after two steps of a way: the second has the optimizer's moments beside it."""
-    bench, rng = make_bench(lora=lora, precision=precision, with_trl=way in TRL_WAYS), np.random.default_rng(0)
+    extras = {"with_trl": way in TRL_WAYS, "with_compiled": way in COMPILED_WAYS}
+    bench, rng = make_bench(lora=lora, precision=precision, **extras), np.random.default_rng(0)
     for _ in range(2):
         time_step(bench, way, make_step(bench, draw_rows(shape, rng)))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Not getrusage's, which starts from what the parent process had taken.
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return int(status["VmHWM"].split()[0]) / 2**20
 
 
 def useful_flops(rows: Sequence[TokenizedPair], config: LlamaConfig, *, lora: bool) -> float:
@@ -291,21 +129,23 @@ def matmul_rate(
     return statistics.median(rates)
 
 
-def measure(shape: str, *, lora: bool, precision: str, repeats: int, seed: int) -> dict[str, Any]:
+def measure(
+    shape: str, *, lora: bool, precision: str, repeats: int, seed: int, ways: Sequence[str]
+) -> dict[str, Any]:
     """Medians over repeats; every way sees the same rows."""
-    ways = ways_here()
-    passes = {"reference": False, **({"trl_reference": True} if "trl" in ways else {})}
-    bench = make_bench(lora=lora, precision=precision, with_trl="trl" in ways)
+    with_trl, with_compiled = (any(way in kind for way in ways) for kind in (TRL_WAYS, COMPILED_WAYS))
+    passes = {"reference": False, **({"trl_reference": True} if with_trl else {})}
+    bench = make_bench(lora=lora, precision=precision, with_trl=with_trl, with_compiled=with_compiled)
     rng, dtype = np.random.default_rng(seed), torch.bfloat16 if precision == "bf16" else torch.float32
     seconds: dict[str, list[float]] = {way: [] for way in (*ways, *passes)}
     shares, rates = [], []
-    for repeat in range(repeats + 1):
+    for repeat in range(-1 if with_compiled else 0, repeats + 1):
         rate, step = matmul_rate(dtype=dtype), make_step(bench, draw_rows(shape, rng))
         for way in rng.permutation(list(seconds)).tolist():
             taken = time_reference(bench, step, trl=passes[way]) if way in passes else time_step(bench, way, step)
-            if repeat:  # the first one warms up
+            if repeat > 0:  # before, kernels are chosen and compiled
                 seconds[way].append(taken)
-        if repeat:
+        if repeat > 0:
             rates.append(rate)
             shares.append(useful_flops(step.rows, small_llama(), lora=lora) / seconds["packed"][-1] / rate)
 
@@ -361,10 +201,12 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--trained", nargs="+", choices=("LoRA", "full"), default=["LoRA", "full"])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--ways", nargs="+", choices=ways_here(), default=ways_here(), help="besides packed")
     parser.add_argument("--probe", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--document", type=Path, help="also put the table into this Markdown file")
     args = parser.parse_args()
+    ways = list(dict.fromkeys(("packed", *args.ways)))
     torch.set_num_threads(args.threads)
     if args.probe:
         way, shape, lora, precision = args.probe
@@ -374,11 +216,12 @@ def main() -> None:
     for lora, precision in JOBS:
         wanted = precision in args.precisions and ("LoRA" if lora else "full") in args.trained
         for shape in args.shapes if wanted else []:
-            results.append(measure(shape, lora=lora, precision=precision, repeats=args.repeats, seed=args.seed))
+            options = {"repeats": args.repeats, "seed": args.seed, "ways": ways}
+            results.append(measure(shape, lora=lora, precision=precision, **options))
             sys.stderr.write(f"{json.dumps(results[-1])}\n")
     for result in results:  # other work does not disturb these
         job = {"lora": result["train"] == "LoRA", "precision": result["precision"], "threads": args.threads}
-        result["peak_gib"] = {way: peak_memory(way, result["shape"], **job) for way in ways_here()}
+        result["peak_gib"] = {way: peak_memory(way, result["shape"], **job) for way in ways}
     setting = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -29,16 +29,8 @@ import torch
 import transformers
 from transformers import LlamaConfig
 
-from benchmarks.cpu import (
-    ALPHA,
-    BETA,
-    NUM_USER_TOKENS,
-    NUM_USERS,
-    make_policy,
-    matmul_rate,
-    synchronize,
-    useful_flops,
-)
+from benchmarks.cpu import matmul_rate, synchronize, useful_flops
+from benchmarks.ways import ALPHA, BETA, NUM_USER_TOKENS, NUM_USERS, make_policy
 from prlhf.data.collate import PairBatch, collate_pairs
 from prlhf.data.tokenize import TokenizedPair
 from prlhf.engine.build import make_autocast

@@ -54,13 +54,15 @@ class ModelConfig:
     """The backbone (`builtin:tiny`, a path or a hub id); `lora: null` trains all of it.
 
     `reference: precomputed` scores every training row once before the first step; `live` scores in each step (with
-    LoRA the adapters are switched off, else a frozen copy is kept in memory).
+    LoRA the adapters are switched off, else a frozen copy is kept in memory). With `gradient_checkpointing` every n-th
+    block (`gradient_checkpointing_every`) keeps no activations and is computed again in backward: less memory, slower.
     """
 
     backbone: str = "builtin:tiny"
     dtype: Literal["float32", "bfloat16"] = "float32"
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     gradient_checkpointing: bool = False
+    gradient_checkpointing_every: int = 1
     reference: Literal["precomputed", "live"] = "precomputed"
 
 
@@ -119,6 +121,7 @@ class TrainConfig:
     (cluster, low_rank), `encoder_lr` that of what reads a user (text, history). `max_steps: null` trains `epochs`
     epochs; the run stops after `max_skipped_steps` skipped steps in a row. A step is skipped when its loss or
     gradient is not finite, or its mean loss is above `skip_loss_above` times the usual one of late (null: no limit).
+    `compile` lets torch.compile fuse the blocks' small operations in training steps: a minute at first, then faster.
     Under `parallel: ddp` every rank holds the whole model; `fsdp` splits backbone, gradients and moments over ranks.
     """
 
@@ -138,6 +141,7 @@ class TrainConfig:
     max_skipped_steps: int = 10
     skip_loss_above: float | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     num_threads: int | None = None

@@ -45,6 +45,7 @@ _LIMITS: dict[str, _Limit] = {
     "model.lora.dropout": _SHARE_BELOW_ONE,
     "model.lora.final_scale": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
     "model.lora.targets": (lambda value: len(value) > 0 and all(value), "auto or a list of layer names"),
+    "model.gradient_checkpointing_every": _AT_LEAST_ONE,
     "user.num_user_tokens": _AT_LEAST_ONE,
     "user.num_clusters": (lambda value: value >= 2, "2 or more"),
     "user.rank": _AT_LEAST_ONE,

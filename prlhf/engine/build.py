@@ -42,6 +42,7 @@ from prlhf.models.assemble import (
     make_reward_model,
 )
 from prlhf.models.backbone import pad_token_id, position_limit
+from prlhf.models.blocks import checkpoint_blocks_, compile_blocks_
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.usermodel.row_table import RowTable
@@ -357,7 +358,7 @@ def _prepare_for_training_(model: Model, config: Config, spec: PolicySpec) -> No
     if isinstance(model, PersonalizedPolicy) and spec.lora_rank is None and compares_with_reference(config):
         model.reference = Reference(model, frozen_copy=True)
     if config.model.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_enable(  # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        checkpoint_blocks_(model.backbone, every=config.model.gradient_checkpointing_every)
+    if config.train.compile:
+        compile_blocks_(model.backbone)
     model.train()

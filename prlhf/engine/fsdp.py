@@ -16,7 +16,8 @@ from prlhf.data.records import GENERIC_USER_ID
 from prlhf.data.tokenize import TokenizedResponse
 from prlhf.distributed import all_reduce_any, world_size
 from prlhf.engine.step import Model
-from prlhf.errors import ConfigError, ModelError
+from prlhf.errors import ConfigError
+from prlhf.models.blocks import decoder_blocks
 from prlhf.models.packing import Term
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
@@ -75,22 +76,6 @@ def _pass_once(model: PersonalizedModel) -> None:
     model.term_values(batch, [Term(None, None, shared=True)])
     for module in _sharded_modules(model):
         module.reshard()
-
-
-def decoder_blocks(backbone: nn.Module) -> list[nn.Module]:
-    """The members of every list of modules that is in no other list: the decoder's layers, in every family.
-
-    Raises: ModelError: there is none.
-    """
-    blocks: list[nn.Module] = []
-    inside: tuple[str, ...] = ()
-    for path, module in backbone.named_modules():
-        if isinstance(module, nn.ModuleList) and not path.startswith(inside):
-            blocks += module
-            inside = (*inside, f"{path}.")
-    if not blocks:
-        raise ModelError("train.parallel: fsdp found no list of decoder blocks in the backbone; use ddp")
-    return blocks
 
 
 @contextmanager

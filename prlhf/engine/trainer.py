@@ -54,6 +54,7 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint",
     "train.microbatch_tokens",
     "train.packing",
+    "train.compile",
     "train.parallel",
     "train.log_every",
     "train.num_threads",

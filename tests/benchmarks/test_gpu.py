@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks import gpu
-from benchmarks.cpu import NUM_USER_TOKENS, useful_flops
+from benchmarks.cpu import useful_flops
+from benchmarks.ways import NUM_USER_TOKENS
 from prlhf.data.tokenize import TokenizedPair
 
 

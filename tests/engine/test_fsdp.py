@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf.config import Config
 from prlhf.engine import fsdp
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import RunIdentity, load_checkpoint_, save_checkpoint
-from prlhf.engine.fsdp import decoder_blocks, shard_, whole_weights
+from prlhf.engine.fsdp import shard_, whole_weights
 from prlhf.engine.trainer import batches_of_step, train
-from prlhf.errors import ConfigError, ModelError, Preempted
+from prlhf.errors import ConfigError, Preempted
 from prlhf.evaluation.report import load_final
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models.packing import Packing
@@ -38,7 +38,6 @@ from tests.engine.cuts import (
 )
 from tests.engine.test_trainer import assert_alike
 from tests.engine.two_ranks import nan_loss_, read, save, skipped_step
-from tests.families import FAMILIES, tiny_model
 from tests.run_distributed import run_distributed_test
 from tests.tiny_run import Tiny, at_step, checkpoints, perturbed_job, read_metrics, stop_signal
 
@@ -276,27 +275,3 @@ def test_a_device_that_shards_nothing_is_refused(tiny: Tiny, monkeypatch: pytest
     monkeypatch.setattr(type(job.model), "device", torch.device("mps"))
     with pytest.raises(ConfigError, match="train.parallel: got fsdp on mps, expected cuda or cpu; use ddp"):
         shard_(job.model, precision="fp32", max_tokens=10)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_decoder_blocks_are_found_in_every_family(family: str) -> None:
-    model = tiny_model(family)
-    blocks = decoder_blocks(model)
-    assert len(blocks) == 2
-    inside = {parameter for block in blocks for parameter in block.parameters()}
-    attention = {parameter for name, parameter in model.named_parameters() if "attn" in name or "attention" in name}
-    assert attention and attention <= inside
-    assert not inside & set(model.get_input_embeddings().parameters())
-
-
-def test_blocks_inside_of_blocks_stay_with_them() -> None:
-    block = nn.Module()
-    block.experts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    backbone = nn.Module()
-    backbone.layers = nn.ModuleList([block])
-    assert decoder_blocks(backbone) == [block]
-
-
-def test_a_backbone_without_blocks_is_refused() -> None:
-    with pytest.raises(ModelError, match="no list of decoder blocks"):
-        decoder_blocks(nn.Linear(2, 2))
