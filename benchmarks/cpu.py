@@ -32,6 +32,7 @@ import transformers
 from transformers import LlamaConfig
 
 from benchmarks.document import describe_run, write_section
+from benchmarks.memory import memory_kib
 from benchmarks.ways import (
     BATCH_ROWS,
     COMPILED_WAYS,
@@ -55,6 +56,7 @@ from prlhf.evaluation.report import make_table
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = ((True, "fp32"), (False, "fp32"), (True, "bf16"), (False, "bf16"))  # with LoRA or in full
 PROBES = ((2048, 2048, 2048), (4000, 384, 1024), (4000, 1024, 384), (800, 384, 32000))
+
 
 def time_reference(bench: Bench, step: Step, *, trl: bool) -> float:
     """Seconds of the reference's log-probs of a step's rows, before training; TRL has every row twice."""
@@ -84,9 +86,7 @@ def probe_memory(way: str, shape: str, *, lora: bool, precision: str) -> float:
     bench, rng = make_bench(lora=lora, precision=precision, **extras), np.random.default_rng(0)
     for _ in range(2):
         time_step(bench, way, make_step(bench, draw_rows(shape, rng)))
-    # Not getrusage's, which starts from what the parent process had taken.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    return int(status["VmHWM"].split()[0]) / 2**20
+    return memory_kib()["VmHWM"] / 2**20
 
 
 def useful_flops(rows: Sequence[TokenizedPair], config: LlamaConfig, *, lora: bool) -> float:

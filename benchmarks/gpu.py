@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ import transformers
 from transformers import LlamaConfig
 
 from benchmarks.cpu import matmul_rate, synchronize, useful_flops
+from benchmarks.memory import memory_kib
 from benchmarks.ways import ALPHA, BETA, NUM_USER_TOKENS, NUM_USERS, make_policy
 from prlhf.data.collate import PairBatch, collate_pairs
 from prlhf.data.tokenize import TokenizedPair
@@ -222,7 +222,7 @@ def peak_bytes(device: str) -> int:
     """Of the tensors on a GPU; of the process on the CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return memory_kib()["VmHWM"] * 1024
 
 
 def measure_what_fits(setting: Setting, model: str, *, lora: bool) -> dict[str, Any]:

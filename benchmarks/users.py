@@ -20,8 +20,6 @@ import json
 import os
 import platform
 import random
-import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -34,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks.document import describe_run, write_section
+from benchmarks.memory import memory_kib
 from prlhf.engine.optim import all_reduce_gradients_, clip_gradients_, make_optimizer
 from prlhf.evaluation.report import make_table
 from prlhf.usermodel import IndividualUserModel, LowRankUserModel
@@ -130,12 +129,12 @@ def train_users(kind: str, num_users: int) -> dict[str, float]:
         optimizer.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - began)
         unhindered.append(seconds[-1] - waited_for_core_s() + waited)
-    kib = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/self/status").read_text()))
+    kib = memory_kib()
     return {
         "step_ms": 1e3 * statistics.median(seconds),
         "unhindered_step_ms": 1e3 * statistics.median(unhindered),
-        "anonymous_mib": int(kib["RssAnon"]) / 1024,
-        "resident_mib": int(kib["VmRSS"]) / 1024,
+        "anonymous_mib": kib["RssAnon"] / 1024,
+        "resident_mib": kib["VmRSS"] / 1024,
     }
 
 
@@ -152,7 +151,7 @@ def waited_for_core_s() -> float:
 
 def peak_mib() -> float:
     """Largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return memory_kib()["VmHWM"] / 1024
 
 
 def run_apart(half: str, kind: str, num_users: int, args: argparse.Namespace) -> dict[str, Any]:

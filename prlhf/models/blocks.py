@@ -24,7 +24,10 @@ def decoder_blocks(backbone: nn.Module) -> list[nn.Module]:
             blocks += module
             inside = (*inside, f"{path}.")
     if not blocks:
-        raise ModelError("model.backbone: no list of decoder blocks in it, which fsdp, compile and checkpointing need")
+        raise ModelError(
+            "model.backbone: no list of decoder blocks, without which there is no fsdp, compile or "
+            "gradient_checkpointing_every above 1; leave these out"
+        )
     return blocks
 
 

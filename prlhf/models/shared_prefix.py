@@ -159,7 +159,6 @@ def _attention(
 _CHANGES_SCORES = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
-
 def keep_attention_uncompiled() -> None:
     """From here on torch.compile leaves attention out: what it made of a block stays when trees or windows change."""
     AttentionInterface.register(ATTENTION, torch.compiler.disable(_attention))  # which takes a second to import
