@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from prlhf.adapt import Judgment, fit_judgments
+from prlhf.adapt import FittedUser, Judgment, fit_judgments
 from prlhf.adapt.add_users import write_with_users
 from prlhf.adapt.ask import pick_informative
 from prlhf.adapt.feedback import make_judgments
@@ -36,17 +36,22 @@ from prlhf.adapt.margins import Margins
 from prlhf.adapt.new_users import judgment_limits, likelihood
 from prlhf.adapt.population import make_population
 from prlhf.config import Config, load_config
+from prlhf.config_checks import REFERENCE_FREE_KINDS
 from prlhf.data.load import load_preference_data
 from prlhf.data.prepared import write_prepared
 from prlhf.data.records import PreferenceData, PreferenceRow
+from prlhf.data.tokenize import tokenize_pairs
+from prlhf.engine.build import tokenize_limits
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.engine.final import sampling_options
-from prlhf.evaluation.accuracy import bootstrap_interval, has_length_gap
+from prlhf.errors import DataError
+from prlhf.evaluation.accuracy import bootstrap_interval, has_length_gap, score_pairs
 from prlhf.evaluation.judges import RuleJudge
 from prlhf.evaluation.report import make_table
 from prlhf.evaluation.samples import user_indices
 from prlhf.generation import generate
 from prlhf.models.assemble import load_model, resolve_checkpoint
+from prlhf.models.backbone import pad_token_id
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
 
@@ -89,21 +94,30 @@ def pick_subjects(data: PreferenceData, users: Sequence[str] | None, test_rows: 
 
 
 def measure_curve(
-    model: PersonalizedModel, config: Config, subjects: Sequence[Subject], counts: Sequence[int], draws: int, seed: int
+    model: PersonalizedModel,
+    config: Config,
+    subjects: Sequence[Subject],
+    counts: Sequence[int],
+    draws: int,
+    seed: int,
+    pool: Sequence[PreferenceRow] = (),
 ) -> list[dict[str, Any]]:
-    """Accuracy after each number of judgments, over all subjects and draws."""
-    limits = judgment_limits(config)
-    pools = [make_judgments(model, subject.pool, **limits) for subject in subjects]
-    tests = [make_judgments(model, subject.test, **limits) for subject in subjects]
-    clear = [np.array([has_length_gap(row) for row in subject.test]) for subject in subjects]
+    """Accuracy after each number of judgments, over all subjects and draws.
+
+    Args:
+        pool: pairs from which the fits learn what opposites of known tastes are.
+    """
     # More judgments go on from fewer, so that one call computes each once.
     cells = [(count, user, draw) for count in counts for user in range(len(subjects)) for draw in range(draws)]
     given = [
-        [pools[user][i] for i in np.random.default_rng([seed, user, draw]).permutation(len(pools[user]))[:count]]
+        [subjects[user].pool[i] for i in np.random.default_rng([seed, user, draw]).permutation(
+            len(subjects[user].pool))[:count]]
         for count, user, draw in cells
     ]
-    fitted = fit_judgments(model, given, **likelihood(config))
-    right = score_states(model, [one.state for one in fitted], [tests[user] for _, user, _ in cells], config)
+    tests = [subjects[user].test for _, user, _ in cells]
+    reads = model.contexts is not None
+    right, more = read_users(model, config, given, tests) if reads else fit_users(model, config, given, tests, pool)
+    clear = [np.array([has_length_gap(row) for row in subject.test]) for subject in subjects]
     results = []
     for count in counts:
         own = [i for i, cell in enumerate(cells) if cell[0] == count]
@@ -116,10 +130,55 @@ def measure_curve(
             "ci95": bootstrap_interval(means, [str(i) for i in own], seed=seed),
             "length_gap_20": float(np.mean([part.mean() for part in gaps if len(part)])),
             "per_user": {subject.user_id: float(means[users == user].mean()) for user, subject in enumerate(subjects)},
-            "known_state": float(np.mean([fitted[i].known is not None for i in own])),
-            "leave_one_out": float(np.mean([fitted[i].leave_one_out for i in own])) if count else None,
+            "known_state": None if reads else float(np.mean([more[i].known is not None for i in own])),
+            "opposite": None if reads else float(np.mean([more[i].opposite for i in own])),
+            "leave_one_out": None if reads or not count else float(np.mean([more[i].leave_one_out for i in own])),
         })
     return results
+
+
+def fit_users(
+    model: PersonalizedModel,
+    config: Config,
+    given: Sequence[Sequence[PreferenceRow]],
+    tests: Sequence[Sequence[PreferenceRow]],
+    pool: Sequence[PreferenceRow] = (),
+) -> tuple[list[np.ndarray], list[FittedUser]]:
+    """Whether each test row of each user is answered right by the state fitted to what the user judged; the fits."""
+    known: dict[PreferenceRow, Judgment] = {}
+    for row in (row for rows in (*given, *tests) for row in rows):
+        if row not in known:
+            [known[row]] = make_judgments(model, [row], **judgment_limits(config))
+    unjudged = make_judgments(model, pool, **judgment_limits(config))
+    fitted = fit_judgments(
+        model, [[known[row] for row in rows] for rows in given], pool=unjudged, **likelihood(config)
+    )
+    judged = [[known[row] for row in rows] for rows in tests]
+    return score_states(model, [one.state for one in fitted], judged, config), fitted
+
+
+def read_users(
+    model: PersonalizedModel,
+    config: Config,
+    given: Sequence[Sequence[PreferenceRow]],
+    tests: Sequence[Sequence[PreferenceRow]],
+) -> tuple[list[np.ndarray], list[FittedUser]]:
+    """The same of an encoder, which reads what the user judged, as many pairs as it learned to read; no fits."""
+    assert model.contexts is not None
+    rows = [row for test in tests for row in test]
+    contexts = [
+        model.contexts.read_pairs(pairs[: model.contexts.max_pairs])
+        for pairs, test in zip(given, tests, strict=True) for _ in test
+    ]
+    tokenized = tokenize_pairs(rows, model.tokenizer, None, **tokenize_limits(config, model))
+    if tokenized.dropped:
+        raise DataError(f"rows to measure on that cannot be used: {tokenized.dropped}")
+    margins = score_pairs(
+        model, rows, tokenized.rows, contexts, pad_id=pad_token_id(model.tokenizer),
+        microbatch_tokens=config.train.microbatch_tokens, reference_free=config.loss.kind in REFERENCE_FREE_KINDS,
+    )
+    ends = np.cumsum([len(test) for test in tests])
+    return np.split((margins.individual > 0).astype(float), ends[:-1]), []
 
 
 def score_states(
@@ -230,6 +289,7 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS))
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--test-rows", type=int, default=100, help="of each user")
+    parser.add_argument("--pool", type=int, default=0, metavar="N", help="give the fits N training pairs, unjudged")
     parser.add_argument("--questions", type=int, default=0, metavar="N", help="also ask up to N questions, two ways")
     parser.add_argument("--generate", type=int, default=0, metavar="N", help="also answer N prompts (psoups' users)")
     parser.add_argument("--judgments", type=int, default=16, help="of a new user who is answered")
@@ -252,13 +312,16 @@ def main() -> None:
         unseen_users=config.data.unseen_users,
     )
     subjects = pick_subjects(data, args.users, args.test_rows)
-    curve = measure_curve(model, config, subjects, args.counts, args.draws, args.seed)
+    pairs = list({row.pair_id: row for row in data.train}.values())
+    pool = [pairs[i] for i in np.random.default_rng(args.seed).permutation(len(pairs))[: args.pool]]
+    curve = measure_curve(model, config, subjects, args.counts, args.draws, args.seed, pool)
+    shares = ("length_gap_20", "known_state", "opposite")
     rows = [
         [str(point["judgments"]), f"{point['accuracy']:.3f}", "{:.3f} to {:.3f}".format(*point["ci95"]),
-         f"{point['length_gap_20']:.3f}", f"{point['known_state']:.2f}"]
+         *("-" if point[name] is None else f"{point[name]:.3f}" for name in shares)]
         for point in curve
     ]
-    header = ["judgments", "accuracy", "95%", "lengths >= 20% apart", "known state"]
+    header = ["judgments", "accuracy", "95%", "lengths >= 20% apart", "known or opposite", "opposite"]
     sys.stdout.write(make_table(header, rows) + "\n")
     results: dict[str, Any] = {"checkpoint": str(directory), "seed": args.seed, "draws": args.draws, "curve": curve}
     if args.questions:

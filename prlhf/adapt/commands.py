@@ -17,7 +17,10 @@ def add_adapt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", type=Path, metavar="F", help="more of the same, to measure on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the checkpoint with the new users appears")
     parser.add_argument("--ask", type=int, metavar="N", help="choose the N pairs of --pool to ask the user about next")
-    parser.add_argument("--pool", type=Path, metavar="F", help=".jsonl: chosen and rejected, in either order")
+    parser.add_argument(
+        "--pool", type=Path, metavar="F",
+        help=".jsonl: chosen and rejected, in either order; new users may then want the opposite of a known taste, too",
+    )
 
 
 def run_adapt(args: argparse.Namespace) -> int:

@@ -1,10 +1,10 @@
 """New users: a state from a few judgments, by MAP under the trained users' prior, with shared weights frozen.
 
 The prior is a mixture of equal parts: a new user is like one of the trained users (or the generic one), or the state is
-drawn from the Gaussian of the trained users' states. Where a known state explains the judgments it is taken
-as it is; elsewhere the Gaussian's mode is found by Gauss-Newton steps (in each, the margins are linear in the state and
-what remains is Gaussian-process classification of as many numbers as there are judgments), and the explanation with
-more evidence wins.
+drawn from the Gaussian of the trained users' states; with a pool of pairs, a smaller part has the opposite taste of one
+of them. Where one of these states explains the judgments it is taken as it is; elsewhere the Gaussian's mode is found
+by Gauss-Newton steps (in each, the margins are linear in the state and what remains is Gaussian-process classification
+of as many numbers as there are judgments), and the explanation with more evidence wins.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from prlhf.adapt.feedback import make_judgments
 from prlhf.adapt.laplace import Laplace, fit_margins
 from prlhf.adapt.margins import Judgment, Margins
+from prlhf.adapt.opposite import wanted_opposites, with_opposites
 from prlhf.adapt.population import GaussianPrior, Population, make_population
-from prlhf.data.records import GENERIC_USER_ID, JudgedRow
+from prlhf.data.records import GENERIC_USER_ID, JudgedRow, PreferenceRow
 from prlhf.models.personalized import PersonalizedModel
 
 MAX_STEPS = 12
@@ -39,6 +40,7 @@ class FittedUser:
         state: the shape of a row of the user model's table, float32.
         stdev: the same shape: posterior standard deviation of each number, 0 for a known state.
         known: index of the trained user whose state it is, 0 for the generic one; None: a state of its own.
+        opposite: the state is that of a taste opposite to `known`'s.
         probability: of this explanation against the others, 1 without judgments.
         num_judgments: what it was fitted on.
         leave_one_out: share of the judgments answered right by the fit without them (Laplace approximation); None
@@ -53,6 +55,7 @@ class FittedUser:
     num_judgments: int
     leave_one_out: float | None
     held_out: float | None = None
+    opposite: bool = False
 
 
 class _Own(NamedTuple):
@@ -69,6 +72,7 @@ def fit_user(
     rows: Sequence[JudgedRow],
     *,
     held_out: Sequence[JudgedRow] = (),
+    pool: Sequence[PreferenceRow] = (),
     beta: float,
     per_token: bool = False,
     max_tokens: int = 1024,
@@ -79,6 +83,7 @@ def fit_user(
 
     Args:
         rows: pairs and thumbs of the user; none gives the generic state exactly.
+        pool: pairs that the user need not have judged; see `fit_judgments`.
         max_tokens, max_prompt_tokens: as in the run's data section.
         with_user_text: whether user texts stand in front of prompts.
     Raises: DataError: a row that cannot be used. ValueError: the user model has no rows to fit (encoders read).
@@ -86,8 +91,8 @@ def fit_user(
     limits: dict[str, Any] = {
         "max_tokens": max_tokens, "max_prompt_tokens": max_prompt_tokens, "with_user_text": with_user_text
     }
-    judgments, to_measure = make_judgments(model, rows, **limits), make_judgments(model, held_out, **limits)
-    return fit_judgments(model, [judgments], [to_measure], beta=beta, per_token=per_token)[0]
+    judgments, to_measure, unjudged = (make_judgments(model, part, **limits) for part in (rows, held_out, pool))
+    return fit_judgments(model, [judgments], [to_measure], pool=unjudged, beta=beta, per_token=per_token)[0]
 
 
 def fit_judgments(
@@ -95,6 +100,7 @@ def fit_judgments(
     judgments: Sequence[Sequence[Judgment]],
     held_out: Sequence[Sequence[Judgment]] = (),
     *,
+    pool: Sequence[Judgment] = (),
     beta: float,
     per_token: bool = False,
 ) -> list[FittedUser]:
@@ -105,6 +111,8 @@ def fit_judgments(
     Args:
         judgments: of each user; none gives the generic state exactly.
         held_out: of each user, to measure on; nobody's by default.
+        pool: pairs, some hundreds, which of the two is called chosen does not matter: from them it is learned what the
+            opposite of a known taste is, where a user's judgments ask for that. None: no opposites.
         beta: inverse temperature of a judgment: the run's loss.beta, 1 for a reward model.
         per_token: the model was trained without reference, on mean log-probs per token.
     Raises: ValueError: the user model has no rows to fit.
@@ -113,7 +121,16 @@ def fit_judgments(
     population = make_population(model.user_encoder)
     with model.evaluating():
         data = _Batch(model, judgments, per_token=per_token)
-        return _with_held_out(_fit(data, population, beta), model, held_out, per_token)
+        margins = data.margins.table(population.states)
+        if pool and len(margins):
+            known = [data.log_likelihood(sign * margins, beta).sum(1) for sign in (1, -1)]
+            places = wanted_opposites(*known)
+            if places:
+                options: dict[str, Any] = {"beta": beta, "per_token": per_token}
+                population = with_opposites(model, population, places, pool, **options)
+                opposed = data.margins.table(population.states[population.num_known :])
+                margins = torch.cat([margins, opposed], dim=1)
+        return _with_held_out(_fit(data, population, margins, beta), model, held_out, per_token)
 
 
 class _Batch:
@@ -129,6 +146,10 @@ class _Batch:
         self.counts = torch.tensor([len(own) for own in of_user], dtype=torch.int64)
         self.mask = torch.arange(most) < self.counts[:, None]
 
+    def log_likelihood(self, margins: Tensor, beta: float) -> Tensor:
+        """Of each user's judgments, (U, N, A), from the margins (D, A) of the distinct ones; 0 on padding."""
+        return F.logsigmoid(beta * margins[self.places]) * self.mask[:, :, None]
+
     def slopes(self, users: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """Margins (M, N) and slopes (M, N, S) of some users' judgments under a state each (M, S); 0 on padding."""
         mask = self.mask[users]
@@ -142,13 +163,13 @@ class _Batch:
         return margins, all_slopes
 
 
-def _fit(data: _Batch, population: Population, beta: float) -> list[FittedUser]:
+def _fit(data: _Batch, population: Population, table: Tensor, beta: float) -> list[FittedUser]:
+    """Args: table: (D, A) margins of the distinct judgments under the population's states."""
     num_users, most = data.mask.shape
     if not most:
         return [_generic(data, population) for _ in range(num_users)]
     states = population.states
-    margins = data.margins.table(states)[data.places]  # (U, N, A)
-    loglik = F.logsigmoid(beta * margins) * data.mask[:, :, None]
+    margins, loglik = table[data.places], data.log_likelihood(table, beta)  # (U, N, A)
     unexplained = (loglik.sum(1).max(1).values < EXPLAINED * data.counts).nonzero()[:, 0]
     own: dict[int, _Own] = {}
     for users in unexplained.split(USERS_AT_ONCE) if len(unexplained) else ():
@@ -173,7 +194,7 @@ def _choose(
     Args:
         margins, loglik: (n, A) of the user's judgments under the known states.
     """
-    evidence = loglik.sum(0)
+    evidence = loglik.sum(0) + population.log_prior
     without = evidence - loglik
     if own is not None:
         alone = own.left_out_margins[: len(margins)]
@@ -188,7 +209,8 @@ def _choose(
     else:
         state, stdev, known = population.states[best], torch.zeros_like(population.states[best]), population.ids[best]
     state, stdev = state.float().view(data.shape), stdev.float().view(data.shape)
-    return FittedUser(state, stdev, known, probability, len(loglik), rate)
+    opposite = known is not None and best >= population.num_known
+    return FittedUser(state, stdev, known, probability, len(loglik), rate, opposite=opposite)
 
 
 def _generic(data: _Batch, population: Population) -> FittedUser:

@@ -42,8 +42,9 @@ def add_new_users(args: argparse.Namespace) -> int:
         raise DataError(*(f"{args.held_out}: user {quote(user)} is not a new user of --feedback" for user in strangers))
     model = load_model(directory, device=str(pick_device(config.train.device)))
     _check_model(model, directory, args)
+    pool = {} if args.pool is None else _read_pool(args.pool)
     if args.ask is not None:
-        for question in _questions(model, config, feedback, args):
+        for question in _questions(model, config, feedback, pool, args):
             sys.stdout.write(json.dumps(question, ensure_ascii=False) + "\n")
     if args.out is None:
         return 0
@@ -51,7 +52,7 @@ def add_new_users(args: argparse.Namespace) -> int:
     if model.contexts is not None:
         write_with_users(directory, args.out, model, {}, _facts(model, feedback))
         return 0
-    fitted = _fit(model, config, feedback, held_out)
+    fitted = _fit(model, config, feedback, held_out, [row for _, row in pool.values()])
     write_with_users(directory, args.out, model, {user: one.state for user, one in fitted.items()}, {})
     for user, one in fitted.items():
         sys.stdout.write(json.dumps(_report(model, user, one)) + "\n")
@@ -66,8 +67,8 @@ def _check_arguments(args: argparse.Namespace) -> None:
         wrong.append("--feedback: missing; give a file of the new users' judgments, or --user ID for a generic one")
     if args.ask is not None and args.ask < 1:
         wrong.append(f"--ask: got {args.ask}, expected at least 1")
-    if (args.ask is None) != (args.pool is None):
-        wrong.append("--ask and --pool: one without the other; questions are picked from a pool")
+    if args.ask is not None and args.pool is None:
+        wrong.append("--pool: missing; --ask picks its questions from a pool of pairs")
     if wrong:
         raise ConfigError(*wrong)
 
@@ -81,24 +82,33 @@ def _check_model(model: PersonalizedModel, directory: Path, args: argparse.Names
             _ = model.user_encoder.table
         except ValueError as error:
             raise ConfigError(f"{directory}: {error}") from None
-    elif args.ask is not None:
-        raise ConfigError(f"--ask: {directory} reads its users ({model.contexts.kind}) and fits nothing; leave it out")
+    elif args.pool is not None:
+        raise ConfigError(f"--pool: {directory} reads its users ({model.contexts.kind}) and fits nothing; leave it out")
+
+
+def _read_pool(path: Path) -> dict[Any, tuple[dict[str, Any], PreferenceRow]]:
+    """Record and row of each distinct pair of a file, by what it holds, whichever of the two is called chosen."""
+    pool: dict[Any, tuple[dict[str, Any], PreferenceRow]] = {}
+    for number, record in read_jsonl(path):
+        row = preference_row({**record, "user_id": "-"}, f"{path}:{number}")
+        pool.setdefault(pair_content(row), (record, row))
+    return pool
 
 
 def _questions(
-    model: PersonalizedModel, config: Config, feedback: Mapping[str, list[JudgedRow]], args: argparse.Namespace
+    model: PersonalizedModel,
+    config: Config,
+    feedback: Mapping[str, list[JudgedRow]],
+    pool: Mapping[Any, tuple[dict[str, Any], PreferenceRow]],
+    args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     if len(feedback) > 1:
         raise ConfigError(f"--ask: {args.feedback} has {len(feedback)} users; questions are for one")
     answered = {pair_content(row) for own in feedback.values() for row in own}
-    questions: dict[Any, tuple[dict[str, Any], PreferenceRow]] = {}
-    for number, record in read_jsonl(args.pool):
-        row = preference_row({**record, "user_id": "-"}, f"{args.pool}:{number}")
-        if pair_content(row) not in answered:
-            questions.setdefault(pair_content(row), (record, row))
+    questions = [question for content, question in pool.items() if content not in answered]
     if not questions:
         raise DataError(f"{args.pool}: holds no pair that the user has not judged; give others")
-    records, rows = zip(*questions.values(), strict=True)
+    records, rows = zip(*questions, strict=True)
     limits = judgment_limits(config)
     judgments = [judgment for own in feedback.values() for judgment in make_judgments(model, own, **limits)]
     picked = choose_questions(model, judgments, make_judgments(model, rows, **limits), args.ask, **likelihood(config))
@@ -110,11 +120,13 @@ def _fit(
     config: Config,
     feedback: Mapping[str, list[JudgedRow]],
     held_out: Mapping[str, list[JudgedRow]],
+    pool: Sequence[PreferenceRow],
 ) -> dict[str, FittedUser]:
     limits = judgment_limits(config)
     judgments = [make_judgments(model, rows, **limits) for rows in feedback.values()]
     to_measure = [make_judgments(model, held_out.get(user, []), **limits) for user in feedback]
-    fitted = fit_judgments(model, judgments, to_measure, **likelihood(config))
+    unjudged = make_judgments(model, pool, **limits)
+    fitted = fit_judgments(model, judgments, to_measure, pool=unjudged, **likelihood(config))
     return dict(zip(feedback, fitted, strict=True))
 
 
@@ -154,6 +166,7 @@ def _report(model: PersonalizedModel, user: str, fitted: FittedUser) -> dict[str
         "user_id": user,
         "judgments": fitted.num_judgments,
         "like": like,
+        "opposite": fitted.opposite,
         "probability": fitted.probability,
         "leave_one_out": fitted.leave_one_out,
         "held_out": fitted.held_out,

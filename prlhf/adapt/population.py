@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,13 @@ class GaussianPrior:
         across = (deviation**2).sum(-1) - (along**2).sum(-1)
         return 0.5 * (across / self.rest + (along**2 / (self.variances + self.rest)).sum(-1))
 
+    def slope(self, state: Tensor) -> Tensor:
+        """Gradient of the penalty at a state (S,)."""
+        deviation = state - self.mean
+        along = deviation @ self.basis
+        across = deviation - self.basis @ along
+        return across / self.rest + self.basis @ (along / (self.variances + self.rest))
+
 
 def make_prior(states: Tensor, generic: Tensor, *, rest_share: float) -> GaussianPrior:
     """Mean and shrunk covariance of the trained users' states.
@@ -67,16 +75,30 @@ def make_prior(states: Tensor, generic: Tensor, *, rest_share: float) -> Gaussia
 
 @dataclass(frozen=True)
 class Population:
-    """What a new user may be: one of A known states, or a draw from the Gaussian.
+    """What a new user may be: one of A states, or a draw from the Gaussian.
 
     Args:
-        states: (A, S) float64; the generic state first.
-        ids: user index of each, 0 for the generic one.
+        states: (A, S) float64 of trained users, the generic one first, and of opposites of some of them.
+        ids: user index of each, 0 for the generic one; of an opposite, that of whom it is the opposite of.
+        log_prior: (A,) of each, up to a constant.
+        num_known: how many are no opposites; they come first.
     """
 
     states: Tensor
     ids: tuple[int, ...]
     prior: GaussianPrior
+    log_prior: Tensor
+    num_known: int
+
+    def with_opposites(self, places: Sequence[int], states: Tensor, log_prior: float) -> Population:
+        """The population with states (K, S) that are opposites of those at K places."""
+        return Population(
+            torch.cat([self.states, states]),
+            (*self.ids, *(self.ids[place] for place in places)),
+            self.prior,
+            torch.cat([self.log_prior, torch.full((len(places),), log_prior, dtype=torch.float64)]),
+            self.num_known,
+        )
 
 
 def make_population(user_model: UserModel, *, rest_share: float = REST_SHARE) -> Population:
@@ -89,7 +111,8 @@ def make_population(user_model: UserModel, *, rest_share: float = REST_SHARE) ->
     picked = _spread(rows, MAX_KNOWN)
     states = torch.cat([generic[None], rows[picked]])
     ids = (GENERIC_USER_ID, *(i + 1 for i in picked))
-    return Population(states, ids, make_prior(rows, generic, rest_share=rest_share))
+    no_preference = torch.zeros(len(states), dtype=torch.float64)
+    return Population(states, ids, make_prior(rows, generic, rest_share=rest_share), no_preference, len(states))
 
 
 def _spread(rows: Tensor, most: int) -> list[int]:

@@ -91,6 +91,18 @@ def test_questions_come_from_the_pool_and_write_nothing(run: Run) -> None:
     assert all(question in pool for question in asked)
 
 
+def test_a_pool_goes_with_the_fit_and_is_no_use_to_an_encoder(run: Run) -> None:
+    checkpoint = _trained(run)
+    pairs = write_jsonl(run.folder / "pairs.jsonl", [_pair(thing) for thing in EVAL_THINGS])
+    arguments = ("--user", "dora", "--feedback", pairs, "--pool", pairs, "--out", run.folder / "out")
+    code, printed, _ = run("adapt", checkpoint, *arguments)
+    assert code == 0
+    assert json.loads(printed)["opposite"] in (True, False)
+    assert run.train(eval__generate=0, eval__few_shot=0, user__kind="history", name="reader")[0] == 0
+    [line] = run.refused("adapt", run.runs / "reader", *arguments[:-1], run.folder / "other")
+    assert "--pool" in line and "history" in line
+
+
 def test_a_pair_is_asked_once_in_either_order_and_never_when_it_was_judged(run: Run) -> None:
     checkpoint = _trained(run)
     first, second, third = (_pair(thing) for thing in EVAL_THINGS)

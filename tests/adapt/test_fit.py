@@ -24,7 +24,7 @@ BETA = 1.0
 NUM_USERS = 3
 
 
-def _policy(kind: str = "individual") -> PersonalizedPolicy:
+def make_policy(kind: str = "individual") -> PersonalizedPolicy:
     policy = tiny_policy(num_users=NUM_USERS)
     assert policy.user_encoder is not None
     sizes = {"num_users": NUM_USERS, "num_user_tokens": NUM_USER_TOKENS, "dim": policy.user_encoder.dim}
@@ -38,7 +38,7 @@ def _policy(kind: str = "individual") -> PersonalizedPolicy:
     return policy
 
 
-def _judgments(policy: PersonalizedModel, count: int, *, first: int = 0) -> list[Judgment]:
+def make_judgments_of(policy: PersonalizedModel, count: int, *, first: int = 0) -> list[Judgment]:
     rows = [make_row(policy, first + i, user_id=0, lengths=(3 + i % 4, 4, 6)) for i in range(count)]  # type: ignore[arg-type]
     return [Judgment(row.prompt_ids, row.responses) for row in rows]
 
@@ -55,7 +55,7 @@ def _as_judged_by(policy: PersonalizedPolicy, judgments: list[Judgment], user: i
 
 @pytest.mark.parametrize("kind", ["individual", "cluster", "low_rank"])
 def test_a_user_without_judgments_is_the_generic_one_bitwise(kind: str) -> None:
-    policy = _policy(kind)
+    policy = make_policy(kind)
     assert policy.user_encoder is not None
     fitted = fit_judgments(policy, [[]], beta=BETA)[0]
     prompt = policy.user_encoder.decode(fitted.state[None])
@@ -67,9 +67,9 @@ def test_a_user_without_judgments_is_the_generic_one_bitwise(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["individual", "cluster", "low_rank"])
 def test_a_user_who_judges_like_a_known_one_gets_that_state(kind: str) -> None:
     """At an inverse temperature at which known users are sure of what they like."""
-    policy = _policy(kind)
-    judged = _as_judged_by(policy, _judgments(policy, 12), 2)
-    held_out = _as_judged_by(policy, _judgments(policy, 8, first=50), 2)
+    policy = make_policy(kind)
+    judged = _as_judged_by(policy, make_judgments_of(policy, 12), 2)
+    held_out = _as_judged_by(policy, make_judgments_of(policy, 8, first=50), 2)
     fitted = fit_judgments(policy, [judged], [held_out], beta=30.0)[0]
     assert fitted.known == 2
     assert torch.equal(fitted.state, policy.user_encoder.table[1 + (kind == "cluster")])  # type: ignore[union-attr]
@@ -79,12 +79,12 @@ def test_a_user_who_judges_like_a_known_one_gets_that_state(kind: str) -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("kind", ["individual", "cluster", "low_rank"])
 def test_slopes_are_those_of_the_margins(kind: str, packed: bool) -> None:
-    policy = _policy(kind)
+    policy = make_policy(kind)
     if packed:
         packing = set_up_packing_(policy.backbone)
         assert isinstance(packing, Packing)
         policy.packing = packing
-    margins = Margins(policy, [*_judgments(policy, 2), Judgment((1, 5, 9), ((7, 8),), liked=False)])
+    margins = Margins(policy, [*make_judgments_of(policy, 2), Judgment((1, 5, 9), ((7, 8),), liked=False)])
     states = make_population(policy.user_encoder).states[1:4]  # type: ignore[arg-type]
     values, slopes = margins.slopes(range(3), states)
     torch.testing.assert_close(values, margins.values(range(3), states))
@@ -96,7 +96,7 @@ def test_slopes_are_those_of_the_margins(kind: str, packed: bool) -> None:
 
 
 def test_margins_are_the_policys_log_ratios() -> None:
-    policy = _policy()
+    policy = make_policy()
     row = make_row(policy, 5, user_id=2, lengths=(4, 3, 9))
     batch = make_batch(policy, [row])
     own, reference = policy.logps(batch, torch.tensor([2])), policy.reference.sequence_logps(batch)[0]
@@ -116,7 +116,7 @@ def test_margins_of_a_reward_model_are_differences_of_scores() -> None:
 
 
 def test_a_thumb_is_measured_against_the_generic_user() -> None:
-    policy = _policy()
+    policy = make_policy()
     row = make_row(policy, 5, user_id=2, lengths=(4, 3, 9))
     batch = make_batch(policy, [row])
     own, generic = policy.logps(batch, torch.tensor([2])).chosen, policy.logps(batch, torch.tensor([0])).chosen
@@ -127,7 +127,7 @@ def test_a_thumb_is_measured_against_the_generic_user() -> None:
 
 
 def test_thumbs_on_one_prompt_are_a_pair_and_a_reward_model_takes_no_other() -> None:
-    policy, model = _policy(), reward_model()
+    policy, model = make_policy(), reward_model()
     limits = {"max_tokens": 100, "max_prompt_tokens": 50}
     said = [("one", "yes", True), ("one", "no", False), ("two", "b", True)]
     thumbs = [LabelledRow("u", *one) for one in said]
@@ -149,8 +149,8 @@ def _own_state(policy: PersonalizedPolicy, judgments: list[Judgment]) -> fit_mod
 
 def test_no_small_step_improves_the_posterior_of_a_state_of_its_own() -> None:
     """The log posterior written out again, with the covariance as a dense matrix."""
-    policy = _policy()
-    judgments = _judgments(policy, 6)
+    policy = make_policy()
+    judgments = make_judgments_of(policy, 6)
     state = _own_state(policy, judgments).state
     prior = make_population(policy.user_encoder).prior  # type: ignore[arg-type]
     size = len(state)
@@ -170,8 +170,8 @@ def test_no_small_step_improves_the_posterior_of_a_state_of_its_own() -> None:
 
 
 def test_users_fitted_together_are_those_fitted_alone() -> None:
-    policy = _policy()
-    judgments = _judgments(policy, 9)
+    policy = make_policy()
+    judgments = make_judgments_of(policy, 9)
     of_users = [judgments[:6], [], judgments[5:6], judgments[2:]]
     together = fit_judgments(policy, of_users, beta=BETA)
     for own, expected in zip(of_users, together, strict=True):
@@ -182,8 +182,8 @@ def test_users_fitted_together_are_those_fitted_alone() -> None:
 
 
 def test_judgments_leave_less_uncertainty_than_the_prior() -> None:
-    policy = _policy()
+    policy = make_policy()
     prior = make_population(policy.user_encoder).prior.stdev()  # type: ignore[arg-type]
-    few, many = (_own_state(policy, _judgments(policy, count)).stdev for count in (2, 8))
+    few, many = (_own_state(policy, make_judgments_of(policy, count)).stdev for count in (2, 8))
     assert bool((few <= prior + 1e-9).all())
     assert many.sum() < few.sum() < prior.sum()

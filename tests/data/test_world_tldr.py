@@ -116,7 +116,7 @@ def test_in_the_committed_world_workers_4_5_and_6_prefer_the_shorter_summary_as_
 def test_evaluation_is_about_other_situations_and_shares_no_post_with_training_or_text(seed: int) -> None:
     data = world(seed)
     train, dev, evaluation = ({row.prompt for row in rows} for rows in (data.train, data.dev, data.eval_seen))
-    assert not train & dev and (len(train | dev), len(evaluation)) == (1200, 200)
+    assert not train & dev and (len(train | dev), len(evaluation)) == (1700, 200)
     assert all(is_reserved(str(prompt)) for prompt in evaluation)
     assert not any(is_reserved(str(prompt)) for prompt in train | dev)
     heldout = [situation.question[0] for situation in load_posts().heldout if "{" not in situation.question[0]]
@@ -162,7 +162,8 @@ def test_the_text_has_all_situations_and_summaries_of_one_to_four_sentences_alik
 def test_the_same_seed_gives_the_same_world_and_another_seed_another() -> None:
     assert build_tldr(0) == world(0) and build_tldr_text(0) == text()
     prompts = [{row.prompt for row in world(seed).train} for seed in (0, 1)]
-    assert len(prompts[0] & prompts[1]) < 0.05 * len(prompts[0])
+    # 1,615 of some 30,000 posts each.
+    assert len(prompts[0] & prompts[1]) < 0.06 * len(prompts[0])
 
 
 def test_both_are_sources_of_data() -> None:

@@ -12,7 +12,7 @@ from prlhf.data.tldr import TASTE_SEED, Comparison, draw_tastes, make_preference
 from prlhf.data.world.authored import load_posts
 from prlhf.data.world.posts import PLANS, draw_posts
 
-TRAIN_POSTS, EVAL_POSTS = 1200, 200
+TRAIN_POSTS, EVAL_POSTS = 1700, 200
 TEXT_POSTS, TEXT_DEV_POSTS = 6000, 240
 NUM_USERS, NUM_UNSEEN = 10, 10
 JUDGES = 3  # workers a training post; a held-out post is judged by all

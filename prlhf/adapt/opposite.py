@@ -1,0 +1,87 @@
+"""What a new user may want besides: the opposite of a known taste, learned from pairs that the user need not judge.
+
+A few trained users say little about tastes that none of them has, but much about what tastes are about: whom one of
+them never agrees with wants the opposite. No state is known that says so, for where everybody agrees the shared weights
+have learned it, too; but of any pair it is known how the opposite would choose, and a state can be fitted to that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prlhf.adapt.margins import Judgment, Margins
+from prlhf.adapt.population import GaussianPrior, Population
+from prlhf.models.personalized import PersonalizedModel
+
+LOG_PRIOR = -math.log(4)  # of an opposite against a known state: where both explain the judgments, the known one does
+MAX_PAIRS = 384  # of the pool
+NUM_STEPS = 90
+PAIRS_A_STEP = 32
+STEP = 0.5  # of Adam at the start, falling to 0: of the trained users' standard deviation
+DECAY, SQUARE_DECAY = 0.9, 0.99
+
+
+def wanted_opposites(loglik: Tensor, opposed: Tensor) -> list[int]:
+    """Known states whose opposite explains some user's judgments better than all known states and opposites.
+
+    Args:
+        loglik: (U, A) log-likelihood of each user's judgments under each known state.
+        opposed: (U, A) the same under its opposite, who gives the other answer as surely.
+    """
+    best, places = opposed.max(dim=1)
+    better = best + LOG_PRIOR > loglik.max(dim=1).values
+    return sorted(set(places[better].tolist()))
+
+
+def with_opposites(
+    model: PersonalizedModel,
+    population: Population,
+    places: Sequence[int],
+    pool: Sequence[Judgment],
+    *,
+    beta: float,
+    per_token: bool,
+) -> Population:
+    """The population and the opposites of some of its known states.
+
+    Args:
+        pool: pairs; which of the two is called chosen does not matter. At most MAX_PAIRS of them are used.
+    """
+    rng = np.random.default_rng(0)
+    used = [pool[i] for i in sorted(rng.permutation(len(pool))[:MAX_PAIRS])]
+    margins = Margins(model, used, per_token=per_token)
+    known = margins.table(population.states[list(places)])
+    fitted = [fit_opposite(margins, known[:, i], population.prior, beta=beta) for i in range(len(places))]
+    return population.with_opposites(places, torch.stack(fitted), LOG_PRIOR)
+
+
+def fit_opposite(pairs: Margins, known: Tensor, prior: GaussianPrior, *, beta: float) -> Tensor:
+    """The state (S,) whose margins are nearest to minus those of a known state.
+
+    Nearest in cross-entropy to answers as sure as the known user's are the other way round, under the prior, by Adam:
+    the margins bend too much for steps that take them as straight to get down to many pairs.
+
+    Args:
+        known: (N,) margins of the pairs under the known state.
+    """
+    target = torch.sigmoid(-beta * known)
+    state = prior.mean.clone()
+    size = STEP * float(prior.variances.sum() / len(state)) ** 0.5
+    mean, square = torch.zeros_like(state), torch.zeros_like(state)
+    rng = np.random.default_rng(0)
+    count = min(PAIRS_A_STEP, len(known))
+    for step in range(NUM_STEPS):
+        rows = rng.permutation(len(known))[:count].tolist()
+        margins, slopes = pairs.slopes(rows, state.expand(count, -1))
+        pull = beta * (torch.sigmoid(beta * margins) - target[rows])
+        gradient = len(known) / count * (pull @ slopes) + prior.slope(state)
+        mean = DECAY * mean + (1 - DECAY) * gradient
+        square = SQUARE_DECAY * square + (1 - SQUARE_DECAY) * gradient**2
+        direction = (mean / (1 - DECAY ** (step + 1))) / ((square / (1 - SQUARE_DECAY ** (step + 1))).sqrt() + 1e-12)
+        state = state - size * (1 - step / NUM_STEPS) * direction
+    return state
