@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from prlhf.adapt import FittedUser, Judgment, fit_judgments
 from prlhf.adapt.add_users import write_with_users
-from prlhf.adapt.ask import pick_informative
+from prlhf.adapt.ask import pick_informative, set_apart
 from prlhf.adapt.feedback import make_judgments
 from prlhf.adapt.margins import Margins
 from prlhf.adapt.new_users import judgment_limits, likelihood
@@ -217,6 +217,7 @@ def measure_questions(
         table = Margins(model, make_judgments(model, list(pool.values()), **limits)).table(states)
         rates = [Margins(model, make_judgments(model, one.test, **limits)).table(states) for one in subjects]
     accuracy = torch.stack([(table > 0).double().mean(0) for table in rates])
+    apart = set_apart(table)
     curves: dict[str, list[float]] = {}
     for way in ("chosen", "random"):
         generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
@@ -225,15 +226,16 @@ def measure_questions(
             user = simulated % len(subjects)
             coins = torch.from_numpy(rng.choice([-1.0, 1.0], len(table)))
             answers = torch.where(tastes[user] == 0, coins, tastes[user])
-            beliefs, asked = torch.zeros(len(states)).double(), []
+            fit, beliefs, asked = torch.zeros(len(states)).double(), torch.zeros(len(states)).double(), []
             for number in range(most + 1):
-                curve[number] += accuracy[user, beliefs.argmax()] if number else accuracy[user].mean()
+                curve[number] += accuracy[user, fit.argmax()] if number else accuracy[user].mean()
                 left = [i for i in range(len(table)) if i not in asked]
                 place = rng.integers(len(left)) if way == "random" else pick_informative(
-                    table[left], beliefs, 1, beta=beta, generator=generator
+                    apart[left], beliefs, 1, beta=beta, generator=generator
                 )[0]
                 asked.append(left[place])
-                beliefs = beliefs + F.logsigmoid(beta * answers[asked[-1]] * table[asked[-1]])
+                fit = fit + F.logsigmoid(beta * answers[asked[-1]] * table[asked[-1]])
+                beliefs = beliefs + F.logsigmoid(beta * answers[asked[-1]] * apart[asked[-1]])
         curves[way] = (curve / NUM_SIMULATED_USERS).tolist()
     return curves
 

@@ -13,6 +13,7 @@ from prlhf.adapt.population import make_population
 from prlhf.models.personalized import PersonalizedModel
 
 NUM_SIMULATED = 256
+SURENESS = 0.5  # of hypotheses: they have answers, too, to pairs the like of which their users never judged
 
 
 def choose_questions(
@@ -35,10 +36,18 @@ def choose_questions(
     assert model.user_encoder is not None
     states = make_population(model.user_encoder).states
     with model.evaluating():
-        margins = Margins(model, [*judgments, *pool], per_token=per_token).table(states)
+        margins = set_apart(Margins(model, [*judgments, *pool], per_token=per_token).table(states))
     told = F.logsigmoid(beta * margins[: len(judgments)]).sum(0)
     generator = torch.Generator().manual_seed(seed)
     return pick_informative(margins[len(judgments) :], told, min(count, len(pool)), beta=beta, generator=generator)
+
+
+def set_apart(margins: Tensor) -> Tensor:
+    """What hypotheses think of pairs beyond what all of them think, taken half as seriously: (N, A) from (N, A).
+
+    What all share tells nobody apart, and where it is wrong it spoils the posterior.
+    """
+    return SURENESS * (margins - margins.mean(dim=1, keepdim=True))
 
 
 def pick_informative(

@@ -111,8 +111,8 @@ def fit_judgments(
     Args:
         judgments: of each user; none gives the generic state exactly.
         held_out: of each user, to measure on; nobody's by default.
-        pool: pairs, some hundreds, which of the two is called chosen does not matter: from them it is learned what the
-            opposite of a known taste is, where a user's judgments ask for that. None: no opposites.
+        pool: some hundreds of pairs; which of the two is called chosen does not matter. From them it is learned what the
+            opposite of a known taste is, where a user's judgments ask for it. Without them nobody is an opposite.
         beta: inverse temperature of a judgment: the run's loss.beta, 1 for a reward model.
         per_token: the model was trained without reference, on mean log-probs per token.
     Raises: ValueError: the user model has no rows to fit.
@@ -164,7 +164,11 @@ class _Batch:
 
 
 def _fit(data: _Batch, population: Population, table: Tensor, beta: float) -> list[FittedUser]:
-    """Args: table: (D, A) margins of the distinct judgments under the population's states."""
+    """The fits of all users.
+
+    Args:
+        table: (D, A) margins of the distinct judgments under the population's states.
+    """
     num_users, most = data.mask.shape
     if not most:
         return [_generic(data, population) for _ in range(num_users)]

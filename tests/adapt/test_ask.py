@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prlhf.adapt.ask import pick_informative
+from prlhf.adapt.ask import pick_informative, set_apart
 
 
 def _pick(margins: list[list[float]], count: int, log_weights: list[float]) -> list[int]:
@@ -28,3 +28,13 @@ def test_a_question_whose_answer_is_known_is_not_asked() -> None:
 
 def test_a_coin_tells_nothing() -> None:
     assert _pick([[0.0, 0.0], [1.0, -1.0]], 1, [0.0, 0.0]) == [1]
+
+
+def test_what_all_hypotheses_agree_on_plays_no_role() -> None:
+    margins = torch.tensor([[1.0, -1, 0.5, -0.5], [6.0, -6, 0.25, -0.25], [0.5, 0.5, -0.5, -0.5]]).double()
+    shared = torch.tensor([[9.0], [-9.0], [0.0]]).double()
+    torch.testing.assert_close(set_apart(margins + shared), set_apart(margins))
+    torch.testing.assert_close(set_apart(margins), 0.5 * margins)
+    # Both are for the first response of the first question, but one far more, which says more than the second does.
+    assert _pick([[9.0, 1.0], [1.5, -1.0]], 1, [0.0, 0.0]) == [1]
+    assert _pick(set_apart(torch.tensor([[9.0, 1.0], [1.5, -1.0]])).tolist(), 1, [0.0, 0.0]) == [0]
