@@ -111,8 +111,8 @@ def fit_judgments(
     Args:
         judgments: of each user; none gives the generic state exactly.
         held_out: of each user, to measure on; nobody's by default.
-        pool: some hundreds of pairs; which of the two is called chosen does not matter. From them it is learned what the
-            opposite of a known taste is, where a user's judgments ask for it. Without them nobody is an opposite.
+        pool: some hundreds of pairs; which of the two is called chosen does not matter. From them it is learned what
+            the opposite of a known taste is, where a user's judgments ask for it. Without them nobody is an opposite.
         beta: inverse temperature of a judgment: the run's loss.beta, 1 for a reward model.
         per_token: the model was trained without reference, on mean log-probs per token.
     Raises: ValueError: the user model has no rows to fit.
