@@ -19,8 +19,9 @@ from prlhf.adapt.population import GaussianPrior, Population
 from prlhf.models.personalized import PersonalizedModel
 
 LOG_PRIOR = -math.log(4)  # of an opposite against a known state: where both explain the judgments, the known one does
-MAX_PAIRS = 384  # of the pool
-NUM_STEPS = 90
+MAX_POOL = 384  # pairs looked at
+MAX_PAIRS = 128  # of them learned from: those of which the known user is surest
+NUM_STEPS = 160
 PAIRS_A_STEP = 32
 STEP = 0.5  # of Adam at the start, falling to 0: of the trained users' standard deviation
 DECAY, SQUARE_DECAY = 0.9, 0.99
@@ -50,13 +51,15 @@ def with_opposites(
     """The population and the opposites of some of its known states.
 
     Args:
-        pool: pairs; which of the two is called chosen does not matter. At most MAX_PAIRS of them are used.
+        pool: pairs; which of the two is called chosen does not matter. At most MAX_POOL of them are looked at.
     """
-    rng = np.random.default_rng(0)
-    used = [pool[i] for i in sorted(rng.permutation(len(pool))[:MAX_PAIRS])]
-    margins = Margins(model, used, per_token=per_token)
-    known = margins.table(population.states[list(places)])
-    fitted = [fit_opposite(margins, known[:, i], population.prior, beta=beta) for i in range(len(places))]
+    seen = [pool[i] for i in sorted(np.random.default_rng(0).permutation(len(pool))[:MAX_POOL])]
+    margins = Margins(model, seen, per_token=per_token).table(population.states[list(places)])
+    fitted = []
+    for known in margins.T:
+        surest = known.abs().argsort(descending=True)[:MAX_PAIRS].tolist()
+        pairs = Margins(model, [seen[i] for i in surest], per_token=per_token)
+        fitted.append(fit_opposite(pairs, known[surest], population.prior, beta=beta))
     return population.with_opposites(places, torch.stack(fitted), LOG_PRIOR)
 
 
