@@ -9,6 +9,7 @@ of as many numbers as there are judgments), and the explanation with more eviden
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from prlhf.adapt.feedback import make_judgments
 from prlhf.adapt.laplace import Laplace, fit_margins
 from prlhf.adapt.margins import Judgment, Margins
-from prlhf.adapt.opposite import wanted_opposites, with_opposites
+from prlhf.adapt.opposite import LOG_PRIOR, wanted_opposites, with_opposites
 from prlhf.adapt.population import GaussianPrior, Population, make_population
 from prlhf.data.records import GENERIC_USER_ID, JudgedRow, PreferenceRow
 from prlhf.models.personalized import PersonalizedModel
@@ -122,15 +123,19 @@ def fit_judgments(
     with model.evaluating():
         data = _Batch(model, judgments, per_token=per_token)
         margins = data.margins.table(population.states)
+        log_prior = torch.zeros(len(judgments), len(population.states), dtype=torch.float64)
         if pool and len(margins):
-            known = [data.log_likelihood(sign * margins, beta).sum(1) for sign in (1, -1)]
-            places = wanted_opposites(*known)
+            wanted = wanted_opposites(*(data.log_likelihood(sign * margins, beta).sum(1) for sign in (1, -1)))
+            places = sorted(set(wanted[wanted >= 0].tolist()))
             if places:
                 options: dict[str, Any] = {"beta": beta, "per_token": per_token}
                 population = with_opposites(model, population, places, pool, **options)
                 opposed = data.margins.table(population.states[population.num_known :])
                 margins = torch.cat([margins, opposed], dim=1)
-        return _with_held_out(_fit(data, population, margins, beta), model, held_out, per_token)
+                # Whoever else is fitted in this call, a user may have the opposite that they want, and no other.
+                theirs = wanted[:, None] == torch.tensor(places)
+                log_prior = torch.cat([log_prior, torch.where(theirs, LOG_PRIOR, -math.inf)], dim=1)
+        return _with_held_out(_fit(data, population, margins, log_prior, beta), model, held_out, per_token)
 
 
 class _Batch:
@@ -163,27 +168,31 @@ class _Batch:
         return margins, all_slopes
 
 
-def _fit(data: _Batch, population: Population, table: Tensor, beta: float) -> list[FittedUser]:
+def _fit(
+    data: _Batch, population: Population, table: Tensor, log_prior: Tensor, beta: float
+) -> list[FittedUser]:
     """The fits of all users.
 
     Args:
         table: (D, A) margins of the distinct judgments under the population's states.
+        log_prior: (U, A) of each state for each user, up to a constant.
     """
     num_users, most = data.mask.shape
     if not most:
         return [_generic(data, population) for _ in range(num_users)]
     states = population.states
     margins, loglik = table[data.places], data.log_likelihood(table, beta)  # (U, N, A)
-    unexplained = (loglik.sum(1).max(1).values < EXPLAINED * data.counts).nonzero()[:, 0]
+    possible = torch.where(log_prior.isinf(), log_prior, loglik.sum(1))
+    unexplained = (possible.max(1).values < EXPLAINED * data.counts).nonzero()[:, 0]
     own: dict[int, _Own] = {}
     for users in unexplained.split(USERS_AT_ONCE) if len(unexplained) else ():
-        objective = population.prior.penalty(states) - loglik[users].sum(1)
+        objective = population.prior.penalty(states) - possible[users]
         fits = _fit_gaussian(data, population.prior, users, states[objective.argmin(1)], beta)
         own.update(zip(users.tolist(), fits, strict=True))
     fitted = []
     for user, count in enumerate(data.counts.tolist()):
         if count:
-            known = margins[user, :count], loglik[user, :count]
+            known = margins[user, :count], loglik[user, :count], log_prior[user]
             fitted.append(_choose(data, population, *known, own.get(user)))
         else:
             fitted.append(_generic(data, population))
@@ -191,14 +200,15 @@ def _fit(data: _Batch, population: Population, table: Tensor, beta: float) -> li
 
 
 def _choose(
-    data: _Batch, population: Population, margins: Tensor, loglik: Tensor, own: _Own | None
+    data: _Batch, population: Population, margins: Tensor, loglik: Tensor, log_prior: Tensor, own: _Own | None
 ) -> FittedUser:
     """The explanation with more evidence; of each judgment left out, the one with more evidence from the others.
 
     Args:
-        margins, loglik: (n, A) of the user's judgments under the known states.
+        margins, loglik: (n, A) of the user's judgments under the population's states.
+        log_prior: (A,) of these.
     """
-    evidence = loglik.sum(0) + population.log_prior
+    evidence = loglik.sum(0) + log_prior
     without = evidence - loglik
     if own is not None:
         alone = own.left_out_margins[: len(margins)]

@@ -27,16 +27,15 @@ STEP = 0.5  # of Adam at the start, falling to 0: of the trained users' standard
 DECAY, SQUARE_DECAY = 0.9, 0.99
 
 
-def wanted_opposites(loglik: Tensor, opposed: Tensor) -> list[int]:
-    """Known states whose opposite explains some user's judgments better than all known states and opposites.
+def wanted_opposites(loglik: Tensor, opposed: Tensor) -> Tensor:
+    """(U,) place of the known state whose opposite explains a user better than all known states do; -1: none does.
 
     Args:
         loglik: (U, A) log-likelihood of each user's judgments under each known state.
         opposed: (U, A) the same under its opposite, who gives the other answer as surely.
     """
     best, places = opposed.max(dim=1)
-    better = best + LOG_PRIOR > loglik.max(dim=1).values
-    return sorted(set(places[better].tolist()))
+    return torch.where(best + LOG_PRIOR > loglik.max(dim=1).values, places, -1)
 
 
 def with_opposites(
@@ -60,7 +59,7 @@ def with_opposites(
         surest = known.abs().argsort(descending=True)[:MAX_PAIRS].tolist()
         pairs = Margins(model, [seen[i] for i in surest], per_token=per_token)
         fitted.append(fit_opposite(pairs, known[surest], population.prior, beta=beta))
-    return population.with_opposites(places, torch.stack(fitted), LOG_PRIOR)
+    return population.with_opposites(places, torch.stack(fitted))
 
 
 def fit_opposite(pairs: Margins, known: Tensor, prior: GaussianPrior, *, beta: float) -> Tensor:

@@ -80,23 +80,20 @@ class Population:
     Args:
         states: (A, S) float64 of trained users, the generic one first, and of opposites of some of them.
         ids: user index of each, 0 for the generic one; of an opposite, that of whom it is the opposite of.
-        log_prior: (A,) of each, up to a constant.
         num_known: how many are no opposites; they come first.
     """
 
     states: Tensor
     ids: tuple[int, ...]
     prior: GaussianPrior
-    log_prior: Tensor
     num_known: int
 
-    def with_opposites(self, places: Sequence[int], states: Tensor, log_prior: float) -> Population:
+    def with_opposites(self, places: Sequence[int], states: Tensor) -> Population:
         """The population with states (K, S) that are opposites of those at K places."""
         return Population(
             torch.cat([self.states, states]),
             (*self.ids, *(self.ids[place] for place in places)),
             self.prior,
-            torch.cat([self.log_prior, torch.full((len(places),), log_prior, dtype=torch.float64)]),
             self.num_known,
         )
 
@@ -111,8 +108,7 @@ def make_population(user_model: UserModel, *, rest_share: float = REST_SHARE) ->
     picked = _spread(rows, MAX_KNOWN)
     states = torch.cat([generic[None], rows[picked]])
     ids = (GENERIC_USER_ID, *(i + 1 for i in picked))
-    no_preference = torch.zeros(len(states), dtype=torch.float64)
-    return Population(states, ids, make_prior(rows, generic, rest_share=rest_share), no_preference, len(states))
+    return Population(states, ids, make_prior(rows, generic, rest_share=rest_share), len(states))
 
 
 def _spread(rows: Tensor, most: int) -> list[int]:

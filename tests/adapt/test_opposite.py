@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from prlhf.adapt import Judgment, fit_judgments, fit_user
+from prlhf.adapt.feedback import make_judgments
 from prlhf.adapt.margins import Margins
 from prlhf.adapt.new_users import likelihood
 from prlhf.adapt.opposite import LOG_PRIOR, wanted_opposites
@@ -26,11 +27,11 @@ def turned(judgment: Judgment) -> Judgment:
 def test_an_opposite_is_wanted_where_it_explains_more_than_every_known_state() -> None:
     margins = torch.tensor([[[3.0, 0.5]], [[-3.0, 0.5]], [[-0.1, 0.2]]], dtype=torch.float64)  # (U, N, A)
     known, opposed = (F.logsigmoid(sign * margins).sum(1) for sign in (1, -1))
-    assert wanted_opposites(known, opposed) == []  # the third: by less than opposites are rarer
+    assert wanted_opposites(known, opposed).tolist() == [-1, -1, -1]  # the third: by less than opposites are rarer
     margins[1, 0, 1] = -2.5
     known, opposed = (F.logsigmoid(sign * margins).sum(1) for sign in (1, -1))
     assert float(opposed[1].max() - known[1].max()) > -LOG_PRIOR
-    assert wanted_opposites(known, opposed) == [0]
+    assert wanted_opposites(known, opposed).tolist() == [-1, 0, -1]
 
 
 def test_a_few_judgments_and_a_pool_make_a_taste_that_nobody_has(tiny: Tiny, tmp_path: Path) -> None:
@@ -56,6 +57,12 @@ def test_a_few_judgments_and_a_pool_make_a_taste_that_nobody_has(tiny: Tiny, tmp
     again = fit_user(model, judged, pool=rows(THINGS, prefers_short=False), **options)
     torch.testing.assert_close(again.state, fitted.state, rtol=1e-3, atol=1e-4)
     assert not fit_user(model, judged, **options).opposite
+    tokenized = [make_judgments(model, own, max_tokens=200, max_prompt_tokens=64) for own in (judged, held_out[:1])]
+    unjudged = make_judgments(model, rows(THINGS, prefers_short=True), max_tokens=200, max_prompt_tokens=64)
+    together = fit_judgments(model, tokenized, pool=unjudged, **likelihood(config))
+    [alone] = fit_judgments(model, tokenized[1:], pool=unjudged, **likelihood(config))
+    assert [one.opposite for one in together] == [True, False]
+    torch.testing.assert_close(together[1].state, alone.state)
 
 
 def test_who_judges_like_a_known_user_gets_that_state_with_a_pool_too() -> None:
