@@ -123,12 +123,12 @@ def measure_curve(
         own = [i for i, cell in enumerate(cells) if cell[0] == count]
         means = np.array([right[i].mean() for i in own])
         users = np.array([cells[i][1] for i in own])
-        gaps = [right[i][clear[cells[i][1]]] for i in own]
+        gaps = [part.mean() for part in (right[i][clear[cells[i][1]]] for i in own) if len(part)]
         results.append({
             "judgments": count,
             "accuracy": float(means.mean()),
             "ci95": bootstrap_interval(means, [str(i) for i in own], seed=seed),
-            "length_gap_20": float(np.mean([part.mean() for part in gaps if len(part)])),
+            "length_gap_20": float(np.mean(gaps)) if gaps else None,
             "per_user": {subject.user_id: float(means[users == user].mean()) for user, subject in enumerate(subjects)},
             "known_state": None if reads else float(np.mean([more[i].known is not None for i in own])),
             "opposite": None if reads else float(np.mean([more[i].opposite for i in own])),
