@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ MAX_PAIRS = 128  # of them learned from: those of which the known user is surest
 NUM_STEPS = 160
 PAIRS_A_STEP = 32
 STEP = 0.5  # of Adam at the start, falling to 0: of the trained users' standard deviation
-DECAY, SQUARE_DECAY = 0.9, 0.99
+BETAS = (0.9, 0.99)
 
 
 def wanted_opposites(loglik: Tensor, opposed: Tensor) -> Tensor:
@@ -53,17 +54,20 @@ def with_opposites(
         pool: pairs; which of the two is called chosen does not matter. At most MAX_POOL of them are looked at.
     """
     seen = [pool[i] for i in sorted(np.random.default_rng(0).permutation(len(pool))[:MAX_POOL])]
-    margins = Margins(model, seen, per_token=per_token).table(population.states[list(places)])
-    fitted = []
-    for known in margins.T:
-        surest = known.abs().argsort(descending=True)[:MAX_PAIRS].tolist()
-        pairs = Margins(model, [seen[i] for i in surest], per_token=per_token)
-        fitted.append(fit_opposite(pairs, known[surest], population.prior, beta=beta))
-    return population.with_opposites(places, torch.stack(fitted))
+    pairs = Margins(model, seen, per_token=per_token)
+    fitted = [
+        fit_opposite(pairs, known, population.prior, beta=beta)
+        for known in pairs.table(population.states[list(places)]).T
+    ]
+    return replace(
+        population,
+        states=torch.cat([population.states, torch.stack(fitted)]),
+        ids=(*population.ids, *(population.ids[place] for place in places)),
+    )
 
 
 def fit_opposite(pairs: Margins, known: Tensor, prior: GaussianPrior, *, beta: float) -> Tensor:
-    """The state (S,) whose margins are nearest to minus those of a known state.
+    """The state (S,) whose margins are nearest to minus those of a known state, on the pairs of which that is surest.
 
     Nearest in cross-entropy to answers as sure as the known user's are the other way round, under the prior, by Adam:
     the margins bend too much for steps that take them as straight to get down to many pairs.
@@ -71,19 +75,19 @@ def fit_opposite(pairs: Margins, known: Tensor, prior: GaussianPrior, *, beta: f
     Args:
         known: (N,) margins of the pairs under the known state.
     """
-    target = torch.sigmoid(-beta * known)
+    surest = known.abs().argsort(descending=True)[:MAX_PAIRS]
+    target = torch.sigmoid(-beta * known[surest])
     state = prior.mean.clone()
     size = STEP * float(prior.variances.sum() / len(state)) ** 0.5
-    mean, square = torch.zeros_like(state), torch.zeros_like(state)
+    optimizer = torch.optim.Adam([state], lr=size, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / NUM_STEPS)
     rng = np.random.default_rng(0)
-    count = min(PAIRS_A_STEP, len(known))
-    for step in range(NUM_STEPS):
-        rows = rng.permutation(len(known))[:count].tolist()
-        margins, slopes = pairs.slopes(rows, state.expand(count, -1))
-        pull = beta * (torch.sigmoid(beta * margins) - target[rows])
-        gradient = len(known) / count * (pull @ slopes) + prior.slope(state)
-        mean = DECAY * mean + (1 - DECAY) * gradient
-        square = SQUARE_DECAY * square + (1 - SQUARE_DECAY) * gradient**2
-        direction = (mean / (1 - DECAY ** (step + 1))) / ((square / (1 - SQUARE_DECAY ** (step + 1))).sqrt() + 1e-12)
-        state = state - size * (1 - step / NUM_STEPS) * direction
-    return state
+    count = min(PAIRS_A_STEP, len(surest))
+    for _ in range(NUM_STEPS):
+        drawn = torch.from_numpy(rng.permutation(len(surest))[:count])
+        margins, slopes = pairs.slopes(surest[drawn].tolist(), state.expand(count, -1))
+        pull = beta * (torch.sigmoid(beta * margins) - target[drawn])
+        state.grad = len(surest) / count * (pull @ slopes) + prior.slope(state)
+        optimizer.step()
+        schedule.step()
+    return state.detach()

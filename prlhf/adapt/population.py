@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,15 +86,6 @@ class Population:
     ids: tuple[int, ...]
     prior: GaussianPrior
     num_known: int
-
-    def with_opposites(self, places: Sequence[int], states: Tensor) -> Population:
-        """The population with states (K, S) that are opposites of those at K places."""
-        return Population(
-            torch.cat([self.states, states]),
-            (*self.ids, *(self.ids[place] for place in places)),
-            self.prior,
-            self.num_known,
-        )
 
 
 def make_population(user_model: UserModel, *, rest_share: float = REST_SHARE) -> Population:

@@ -43,7 +43,7 @@ def make_judgments_of(policy: PersonalizedModel, count: int, *, first: int = 0) 
     return [Judgment(row.prompt_ids, row.responses) for row in rows]
 
 
-def _as_judged_by(policy: PersonalizedPolicy, judgments: list[Judgment], user: int) -> list[Judgment]:
+def as_judged_by(policy: PersonalizedPolicy, judgments: list[Judgment], user: int) -> list[Judgment]:
     """The same pairs, each with the response first that the user's own margin prefers."""
     state = make_population(policy.user_encoder).states[user]  # type: ignore[arg-type]
     margins = Margins(policy, judgments).values(range(len(judgments)), state.expand(len(judgments), -1))
@@ -68,8 +68,8 @@ def test_a_user_without_judgments_is_the_generic_one_bitwise(kind: str) -> None:
 def test_a_user_who_judges_like_a_known_one_gets_that_state(kind: str) -> None:
     """At an inverse temperature at which known users are sure of what they like."""
     policy = make_policy(kind)
-    judged = _as_judged_by(policy, make_judgments_of(policy, 12), 2)
-    held_out = _as_judged_by(policy, make_judgments_of(policy, 8, first=50), 2)
+    judged = as_judged_by(policy, make_judgments_of(policy, 12), 2)
+    held_out = as_judged_by(policy, make_judgments_of(policy, 8, first=50), 2)
     fitted = fit_judgments(policy, [judged], [held_out], beta=30.0)[0]
     assert fitted.known == 2
     assert torch.equal(fitted.state, policy.user_encoder.table[1 + (kind == "cluster")])  # type: ignore[union-attr]

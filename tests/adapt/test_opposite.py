@@ -7,21 +7,16 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from prlhf.adapt import Judgment, fit_judgments, fit_user
+from prlhf.adapt import fit_judgments, fit_user
 from prlhf.adapt.feedback import make_judgments
-from prlhf.adapt.margins import Margins
 from prlhf.adapt.new_users import likelihood
 from prlhf.adapt.opposite import LOG_PRIOR, wanted_opposites
 from prlhf.adapt.population import make_population
 from prlhf.data.records import PreferenceRow, preference_row
 from prlhf.engine.trainer import train
 from prlhf.models.assemble import load_model, resolve_checkpoint
-from tests.adapt.test_fit import make_judgments_of, make_policy
+from tests.adapt.test_fit import as_judged_by, make_judgments_of, make_policy
 from tests.tiny_run import EVAL_THINGS, THINGS, Tiny, preference_record
-
-
-def turned(judgment: Judgment) -> Judgment:
-    return Judgment(judgment.prompt_ids, judgment.responses[::-1])
 
 
 def test_an_opposite_is_wanted_where_it_explains_more_than_every_known_state() -> None:
@@ -67,10 +62,7 @@ def test_a_few_judgments_and_a_pool_make_a_taste_that_nobody_has(tiny: Tiny, tmp
 
 def test_who_judges_like_a_known_user_gets_that_state_with_a_pool_too() -> None:
     policy = make_policy()
-    population = make_population(policy.user_encoder)  # type: ignore[arg-type]
-    pairs = make_judgments_of(policy, 12)
-    margins = Margins(policy, pairs).table(population.states)[:, 2]
-    judged = [pair if margin > 0 else turned(pair) for pair, margin in zip(pairs, margins, strict=True)]
+    judged = as_judged_by(policy, make_judgments_of(policy, 12), 2)
     pools = (make_judgments_of(policy, 8, first=90), ())
     with_pool, without = (fit_judgments(policy, [judged], pool=pool, beta=30.0)[0] for pool in pools)
     assert (with_pool.known, with_pool.opposite) == (without.known, without.opposite) == (2, False)
