@@ -67,12 +67,14 @@ def make_judgments(
     max_tokens: int,
     max_prompt_tokens: int,
     with_user_text: bool = True,
+    source: str | None = None,
 ) -> list[Judgment]:
     """A user's rows as ids; thumbs that no pair holds stand alone.
 
     Args:
         max_tokens: for user tokens, prompt and response together.
         with_user_text: whether user texts stand in front of prompts.
+        source: what an error calls the rows; None: their user's.
     Raises: DataError: a row that cannot be used, or a thumb alone for a reward model, whose level means nothing.
     """
     limits: dict[str, Any] = {
@@ -91,7 +93,8 @@ def make_judgments(
     of_thumbs = tokenize_responses(thumbs, model.tokenizer, **limits)
     dropped = {**of_pairs.dropped, **of_thumbs.dropped}
     if dropped:
-        raise DataError(f"user {quote(rows[0].user_id)}: rows that cannot be used ({dropped}); mend or remove them")
+        where = f"user {quote(rows[0].user_id)}" if source is None else source
+        raise DataError(f"{where}: rows that cannot be used ({dropped}); mend or remove them")
     return [
         *(Judgment(row.prompt_ids, row.responses) for row in of_pairs.rows),
         *(Judgment(row.prompt_ids, (row.response_ids,), thumbs[row.row].label) for row in of_thumbs.rows),

@@ -52,7 +52,7 @@ def add_new_users(args: argparse.Namespace) -> int:
     if model.contexts is not None:
         write_with_users(directory, args.out, model, {}, _facts(model, feedback))
         return 0
-    fitted = _fit(model, config, feedback, held_out, [row for _, row in pool.values()])
+    fitted = _fit(model, config, feedback, held_out, pool, args)
     write_with_users(directory, args.out, model, {user: one.state for user, one in fitted.items()}, {})
     for user, one in fitted.items():
         sys.stdout.write(json.dumps(_report(model, user, one)) + "\n")
@@ -111,7 +111,8 @@ def _questions(
     records, rows = zip(*questions, strict=True)
     limits = judgment_limits(config)
     judgments = [judgment for own in feedback.values() for judgment in make_judgments(model, own, **limits)]
-    picked = choose_questions(model, judgments, make_judgments(model, rows, **limits), args.ask, **likelihood(config))
+    candidates = make_judgments(model, rows, **limits, source=str(args.pool))
+    picked = choose_questions(model, judgments, candidates, args.ask, **likelihood(config))
     return [records[i] for i in picked]
 
 
@@ -120,12 +121,13 @@ def _fit(
     config: Config,
     feedback: Mapping[str, list[JudgedRow]],
     held_out: Mapping[str, list[JudgedRow]],
-    pool: Sequence[PreferenceRow],
+    pool: Mapping[Any, tuple[dict[str, Any], PreferenceRow]],
+    args: argparse.Namespace,
 ) -> dict[str, FittedUser]:
     limits = judgment_limits(config)
     judgments = [make_judgments(model, rows, **limits) for rows in feedback.values()]
     to_measure = [make_judgments(model, held_out.get(user, []), **limits) for user in feedback]
-    unjudged = make_judgments(model, pool, **limits)
+    unjudged = make_judgments(model, [row for _, row in pool.values()], **limits, source=str(args.pool))
     fitted = fit_judgments(model, judgments, to_measure, pool=unjudged, **likelihood(config))
     return dict(zip(feedback, fitted, strict=True))
 

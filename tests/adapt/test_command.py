@@ -130,6 +130,11 @@ def test_bad_input_is_one_line_each_and_nothing_is_written(run: Run) -> None:
     assert "'dora'" in other
     [without_pool] = run.refused("adapt", checkpoint, "--user", "eve", "--ask", 3)
     assert "--pool" in without_pool
+    alike = {"chosen": "and " * 5000 + "so", "rejected": "and " * 5000 + "no"}  # where they are cut
+    unusable = write_jsonl(run.folder / "unusable.jsonl", [{**_pair("tea"), **alike}])
+    for rest in (("--ask", 3), ("--feedback", write_jsonl(run.folder / "eve.jsonl", [_pair("tea")]), "--out", out)):
+        [line] = run.refused("adapt", checkpoint, "--user", "eve", "--pool", unusable, *rest)
+        assert line.startswith(f"{unusable}: rows that cannot be used")
     empty = write_jsonl(run.folder / "empty.jsonl", [])
     assert len(run.refused("adapt", checkpoint, "--feedback", empty, "--out", out)) == 1
     other_user = write_jsonl(run.folder / "fay.jsonl", [_pair("tea", "fay")])
