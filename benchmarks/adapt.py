@@ -115,8 +115,11 @@ def measure_curve(
         for count, user, draw in cells
     ]
     tests = [subjects[user].test for _, user, _ in cells]
-    reads = model.contexts is not None
-    right, more = read_users(model, config, given, tests) if reads else fit_users(model, config, given, tests, pool)
+    fits: list[FittedUser] = []
+    if model.contexts is not None:
+        right = read_users(model, config, given, tests)
+    else:
+        right, fits = fit_users(model, config, given, tests, pool)
     clear = [np.array([has_length_gap(row) for row in subject.test]) for subject in subjects]
     results = []
     for count in counts:
@@ -130,11 +133,19 @@ def measure_curve(
             "ci95": bootstrap_interval(means, [str(i) for i in own], seed=seed),
             "length_gap_20": float(np.mean(gaps)) if gaps else None,
             "per_user": {subject.user_id: float(means[users == user].mean()) for user, subject in enumerate(subjects)},
-            "known_state": None if reads else float(np.mean([more[i].known is not None for i in own])),
-            "opposite": None if reads else float(np.mean([more[i].opposite for i in own])),
-            "leave_one_out": None if reads or not count else float(np.mean([more[i].leave_one_out for i in own])),
+            **describe_fits([fits[i] for i in own] if fits else []),
         })
     return results
+
+
+def describe_fits(fits: Sequence[FittedUser]) -> dict[str, float | None]:
+    """Shares of states that are a known user's, or an opposite; the mean accuracy on judgments left out of the fit."""
+    left_out = [fit.leave_one_out for fit in fits if fit.leave_one_out is not None]
+    return {
+        "known_state": float(np.mean([fit.known is not None for fit in fits])) if fits else None,
+        "opposite": float(np.mean([fit.opposite for fit in fits])) if fits else None,
+        "leave_one_out": float(np.mean(left_out)) if left_out else None,
+    }
 
 
 def fit_users(
@@ -162,8 +173,8 @@ def read_users(
     config: Config,
     given: Sequence[Sequence[PreferenceRow]],
     tests: Sequence[Sequence[PreferenceRow]],
-) -> tuple[list[np.ndarray], list[FittedUser]]:
-    """The same of an encoder, which reads what the user judged, as many pairs as it learned to read; no fits."""
+) -> list[np.ndarray]:
+    """The same of an encoder, which reads what the user judged, as many pairs as it learned to read."""
     assert model.contexts is not None
     rows = [row for test in tests for row in test]
     contexts = [
@@ -178,7 +189,7 @@ def read_users(
         microbatch_tokens=config.train.microbatch_tokens, reference_free=config.loss.kind in REFERENCE_FREE_KINDS,
     )
     ends = np.cumsum([len(test) for test in tests])
-    return np.split((margins.individual > 0).astype(float), ends[:-1]), []
+    return np.split((margins.individual > 0).astype(float), ends[:-1])
 
 
 def score_states(
@@ -331,9 +342,9 @@ def main() -> None:
         asked = [[way, *(f"{value:.3f}" for value in values)] for way, values in results["questions"].items()]
         sys.stdout.write("\n" + make_table(["questions", *map(str, range(args.questions + 1))], asked) + "\n")
     if args.generate:
-        shares = measure_generations(directory, model, config, subjects, args.judgments, args.generate)
-        results["on_side"] = shares
-        sys.stdout.write("\n" + make_table(["user", "on side"], [[u, f"{v:.3f}"] for u, v in shares.items()]) + "\n")
+        on_side = measure_generations(directory, model, config, subjects, args.judgments, args.generate)
+        results["on_side"] = on_side
+        sys.stdout.write("\n" + make_table(["user", "on side"], [[u, f"{v:.3f}"] for u, v in on_side.items()]) + "\n")
     if args.batch:
         rates = {count: measure_batch(model, config, subjects, count, args.seed) for count in (1, args.batch)}
         results["users_per_s"] = rates
