@@ -49,3 +49,13 @@ class Run:
         assert got == code
         assert "Traceback" not in err
         return [line.removeprefix("error: ") for line in err.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with finished runs `tiny` (pdpo), `vanilla` (dpo) and `reward` (prm)."""
+    folder = tmp_path_factory.mktemp("trained")
+    for name, settings in {"tiny": {}, "vanilla": {"method": "dpo"}, "reward": {"method": "prm"}}.items():
+        config = tiny.write_config(folder / f"{name}.yaml", name=name, train__max_steps=2, **settings)
+        assert main(["train", config, "--runs", str(folder)]) == 0
+    return folder

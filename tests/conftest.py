@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 
+from tests.cli_run import trained  # noqa: F401 (a fixture)
 from tests.tiny_run import tiny  # noqa: F401 (a fixture)
 
 hypothesis.settings.register_profile("prlhf", deadline=None, derandomize=True)

@@ -1,26 +1,18 @@
-"""The commands from end to end, and one plain line for each mistake."""
+"""The commands from end to end."""
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from prlhf.cli import main
-from prlhf.engine import launch
-from prlhf.engine import trainer as trainer_module
 from prlhf.engine.child import SignalRelay
-from prlhf.engine.run_dir import RunDir
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models import load_policy
 from tests.cli_run import Run, train_here
@@ -30,19 +22,6 @@ from tests.tiny_run import Tiny, at_step, checkpoints, read_status, snapshot, st
 @pytest.fixture
 def run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return Run(tiny, tmp_path, capsys)
-
-
-@pytest.fixture(scope="module")
-def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with finished runs `tiny` (pdpo), `vanilla` (dpo) and `reward` (prm)."""
-    folder = tmp_path_factory.mktemp("trained")
-    for name, settings in {"tiny": {}, "vanilla": {"method": "dpo"}, "reward": {"method": "prm"}}.items():
-        config = tiny.write_config(folder / f"{name}.yaml", name=name, train__max_steps=2, **settings)
-        assert main(["train", config, "--runs", str(folder)]) == 0
-    return folder
-
-
-# --- commands -------------------------------------------------------------------------------------------------------
 
 
 def test_train_prints_the_table_and_leaves_the_documented_files(run: Run) -> None:
@@ -256,190 +235,3 @@ def test_the_module_ends_with_the_code_of_the_mistake_and_no_traceback(run: Run)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and "train.lrr" in line and "did you mean" in line
-
-
-# --- mistakes -------------------------------------------------------------------------------------------------------
-
-
-def malformed_data(tmp_path: Path) -> str:
-    data = write_data(tmp_path / "data")
-    lines = (data / "train.jsonl").read_text().splitlines()
-    lines[4] = lines[4][:20]
-    (data / "train.jsonl").write_text("\n".join(lines) + "\n")
-    return f"data.source={data}"
-
-
-def not_a_language_model(tmp_path: Path) -> str:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    CLIPTextModel(CLIPTextConfig(vocab_size=16, **sizes)).save_pretrained(tmp_path / "clip")
-    return f"model.backbone={tmp_path / 'clip'}"
-
-
-@pytest.mark.parametrize(
-    ("override", "parts"),
-    [
-        ("train.batch_row=8", ["train.batch_row", "did you mean", "batch_rows"]),
-        ("train.lr=fast", ["train.lr", "fast"]),
-        ("train.epochs=1.5", ["train.epochs", "1.5"]),
-        ("loss.alpha=1.5", ["loss.alpha", "1.5", "0 to 1"]),
-        ("user.kind=none", ["user.kind", "pdpo"]),
-        ("method=dppo", ["method", "dppo", "dpo"]),
-        ("data.source=/nowhere", ["data.source", "/nowhere"]),
-        ("data.max_tokens=4096", ["data.max_tokens", "4096", "512"]),
-        ("model.backbone=/nowhere", ["model.backbone", "/nowhere"]),
-        (malformed_data, ["train.jsonl:5"]),
-        (not_a_language_model, ["model.backbone", "clip", "AutoModelForCausalLM"]),
-    ],
-)
-def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing(
-    run: Run, tmp_path: Path, override: str | Callable[[Path], str], parts: list[str]
-) -> None:
-    setting = override if isinstance(override, str) else override(tmp_path)
-    (line,) = run.refused("train", run.config(), setting, "--runs", run.runs)
-    assert all(part in line for part in parts), line
-    assert not (run.runs / "tiny").exists()
-
-
-def test_every_mistake_of_a_configuration_has_its_line(run: Run) -> None:
-    lines = run.refused("train", run.config(), "train.lrr=1", "loss.beta=-1", "seed=x", "--runs", run.runs)
-    assert len(lines) == 3
-    for part in ("train.lrr", "loss.beta", "seed"):
-        assert sum(part in line for line in lines) == 1, part
-
-
-def test_a_missing_configuration_is_named(run: Run) -> None:
-    (line,) = run.refused("train", run.folder / "nothing.yaml")
-    assert "nothing.yaml: no such file" in line
-
-
-def test_a_directory_in_use_is_refused(run: Run) -> None:
-    with RunDir(run.runs / "tiny", writes=True) as holder:
-        holder.start("", step=0)
-        before = snapshot(run.runs)
-        (line,) = run.refused("train", run.config(), "--runs", run.runs)
-        assert "in use by process" in line
-        assert snapshot(run.runs) == before
-
-
-def test_never_on_a_directory_with_a_checkpoint_is_refused(run: Run, trained: Path) -> None:
-    before = snapshot(trained)
-    (line,) = run.refused("train", trained / "tiny.yaml", "--resume", "never", "--runs", trained)
-    assert "--resume is never" in line
-    assert snapshot(trained) == before
-
-
-def test_no_sound_checkpoint_exits_with_3(run: Run) -> None:
-    run.train("train.max_steps=1")
-    (run.runs / "tiny" / "checkpoints" / "step-00000001" / "state.json").write_text("{}")
-    (line,) = run.refused("train", run.config(), "train.max_steps=2", "--runs", run.runs, code=3)
-    assert "none of 1 checkpoint" in line
-
-
-def test_a_model_that_only_makes_nan_stops_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> Callable[[Any], Any]:
-        nan = torch.full((4,), float("nan"))
-        return lambda batch: (nan[: batch.num_rows], nan[: batch.num_rows])
-
-    monkeypatch.setattr(trainer_module, "_make_reference", broken)
-    (line,) = run.refused("train", run.config(), "train.max_skipped_steps=2", "--runs", run.runs)
-    assert "2 steps in a row without a finite loss" in line
-    assert read_status(run.runs / "tiny")["status"] == "failed"
-
-
-def test_a_full_disk_is_one_line_with_what_is_free(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: RunDir, lines: list[Any]) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(self.path / "metrics.jsonl"))
-
-    monkeypatch.setattr(RunDir, "append_metrics", full)
-    (line,) = run.refused("train", run.config(), "--runs", run.runs)
-    assert "metrics.jsonl: No space left on device" in line and "MiB free" in line
-
-
-def test_a_bug_is_not_taken_for_a_mistake(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
-        raise OSError(errno.EPIPE, "Broken pipe")
-
-    monkeypatch.setattr(launch, "load_config", broken)
-    with pytest.raises(BrokenPipeError):
-        run("train", run.config())
-
-
-@pytest.mark.parametrize(
-    ("command", "parts"),
-    [
-        (("generate", "tiny", "--users", "bobb"), ["'bobb'" , "did you mean", "bob"]),
-        (("generate", "vanilla", "--users", "bob"), ["bob", "0 known users"]),
-        (("generate", "tiny", "--temperature", "-1"), ["temperature", "-1"]),
-        (("generate", "tiny", "--temperature", "0", "--top-k", "5"), ["temperature", "top_k 5"]),
-        (("generate", "tiny", "--stop", ""), ["stop_strings"]),
-        (("generate", "tiny", "--max-new-tokens", "5000"), ["max_new_tokens", "5000"]),
-    ],
-)
-def test_generate_refuses_in_one_line(
-    run: Run, trained: Path, tmp_path: Path, command: tuple[str, ...], parts: list[str]
-) -> None:
-    (tmp_path / "prompts.txt").write_text("Why?\n")
-    name, *options = command[1:]
-    arguments = ("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out.jsonl")
-    (line,) = run.refused(command[0], trained / name, *options, *arguments)
-    assert all(part.strip("'") in line for part in parts), line
-    assert not (tmp_path / "out.jsonl").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ('{"prompt": "ok"}\n{"prompt": ""}\n', "prompts.jsonl:2"),
-        ('{"prompt": "ok"}\n{"prompt": [{"role": "user"}]}\n', "prompts.jsonl:2"),
-        ('{"prompt": 5}\n', "prompts.jsonl:1"),
-        ('{"question": "ok"}\n', "prompts.jsonl:1"),
-        ("", "holds no prompt"),
-    ],
-)
-def test_bad_prompts_are_named_by_line(run: Run, trained: Path, tmp_path: Path, text: str, part: str) -> None:
-    (tmp_path / "prompts.jsonl").write_text(text)
-    arguments = ("--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out.jsonl")
-    (line,) = run.refused("generate", trained / "tiny", *arguments)
-    assert part in line
-
-
-def test_missing_prompts_are_named(run: Run, trained: Path, tmp_path: Path) -> None:
-    for name in ("none.txt", "none.jsonl"):
-        (line,) = run.refused("generate", trained / "tiny", "--prompts", tmp_path / name, "--out", tmp_path / "out")
-        assert name in line
-
-
-def test_chat_takes_one_known_user(run: Run, trained: Path) -> None:
-    for user in ("nobody", "all"):
-        (line,) = run.refused("chat", trained / "tiny", "--user", user)
-        assert user in line
-
-
-@pytest.mark.parametrize("command", ["eval", "chat"])
-def test_a_folder_that_is_no_run_is_refused(run: Run, tmp_path: Path, command: str) -> None:
-    (line,) = run.refused(command, tmp_path)
-    assert "neither a checkpoint nor a run directory" in line
-
-
-def test_eval_refuses_to_change_what_was_trained(run: Run, trained: Path) -> None:
-    (line,) = run.refused("eval", trained / "tiny", "loss.beta=0.5")
-    assert line.startswith("loss.beta")
-
-
-def test_a_damaged_checkpoint_is_not_loaded(run: Run, trained: Path, tmp_path: Path) -> None:
-    shutil.copytree(trained / "tiny", tmp_path / "copy")
-    path = tmp_path / "copy" / "checkpoints" / "step-00000002" / "users.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    (line,) = run.refused("eval", tmp_path / "copy")
-    assert "users.safetensors" in line
-
-
-def test_compare_names_a_run_that_is_not_finished(run: Run, tmp_path: Path) -> None:
-    (line,) = run.refused("compare", tmp_path / "nothing")
-    assert "nothing" in line and "no such file" in line
-
-
-def test_compare_refuses_runs_without_preferences(run: Run) -> None:
-    assert run.train(method="sft", train__max_steps=1)[0] == 0
-    (line,) = run.refused("compare", run.runs / "tiny")
-    assert "no preference accuracy" in line
