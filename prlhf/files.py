@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prlhf.errors import CheckpointError
+from safetensors import SafetensorError
+
+from prlhf.errors import CheckpointError, RunDirError
 
 MANIFEST = "manifest.json"
 
@@ -134,3 +139,63 @@ def remove_directories(directories: Iterable[Path]) -> None:
     """Delete directories with all they hold; one that is gone already is no error."""
     for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing_tensors(path: Path) -> Iterator[None]:
+    """Inside, safetensors' own error of a disk that takes no more is a line that says so.
+
+    Raises: RunDirError: the disk is full or unwritable.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise RunDirError(f"{path}: cannot be written ({error}); make room, or write to another folder") from None
+
+
+class LockFile:
+    """A file that one process at a time holds; it is removed when it is let go of.
+
+    Args:
+        guards: what the lock is for, as messages name it.
+    """
+
+    def __init__(self, path: Path, guards: Path) -> None:
+        self.path = path
+        self.guards = guards
+
+    def __enter__(self) -> LockFile:
+        self.acquire()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def acquire(self) -> None:
+        """Hold the lock.
+
+        Raises: RunDirError: another process holds it. OSError: the file cannot be written.
+        """
+        self._file = self.path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise RunDirError(f"{self.guards}: in use by {holder}; wait for it, or choose another name=") from None
+        if not self._is_in_place():
+            self._file.close()
+            raise RunDirError(f"{self.guards}: another process is just letting go of it; try again")
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {platform.node()}")
+        self._file.flush()
+
+    def _is_in_place(self) -> bool:
+        """Whether the locked file is the one of that name: who held it before removes it in the end."""
+        return self.path.exists() and os.path.samestat(self.path.stat(), os.fstat(self._file.fileno()))
+
+    def release(self) -> None:
+        """Let go."""
+        self.path.unlink(missing_ok=True)
+        self._file.close()

@@ -44,7 +44,7 @@ def make_run(run_dir: Path, user: str, **settings: Any) -> tuple[list[str], Path
     samples = [{"user_id": name, "prompt": prompt, "response": "Yes."} for name, prompt in asked]
     for name in ("policy", "reference"):
         write_jsonl(run_dir / "samples" / f"{name}.jsonl", samples)
-    write_jsonl(run_dir / "metrics.jsonl", [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "worst": user}])
+    write_jsonl(run_dir / "metrics.jsonl", [{"step": 1, "loss": 0.7}, {"step": 2, "loss": 0.6, "user_id": user}])
     (run_dir / "STATUS.json").write_text(json.dumps({"status": "failed", "error": f"user '{user}' is odd"}))
     (run_dir / "report.html").write_text(f"<td>{user}</td>")
     data = run_dir.parent / "data"

@@ -22,6 +22,7 @@ from prlhf.files import (
     remove_directories,
     seal_directory,
     write_json_atomic,
+    writing_tensors,
 )
 from prlhf.models.assemble import CONTEXTS, USER_IDS, USERS, read_tensors
 from prlhf.models.personalized import PersonalizedModel
@@ -73,7 +74,7 @@ def write_with_users(
         table = STORE if (checkpoint / STORE).is_dir() else USERS
         changed = {MANIFEST, USER_IDS, *([table] if states else []), *([CONTEXTS] if facts else [])}
         for path in sorted(checkpoint.iterdir()):
-            if path.name not in changed and not path.name.startswith(NOT_TAKEN):
+            if path.name not in changed and not path.name.startswith((".", *NOT_TAKEN)):
                 link_or_copy(path, temporary / path.name)
         write_json_atomic(temporary / USER_IDS, {"user_ids": [*model.users.user_ids, *(states or facts)]})
         if facts:
@@ -97,7 +98,8 @@ def _write_states(
         tensors = read_tensors(checkpoint / USERS)
         name = _table_name(model)
         tensors[name] = torch.cat([tensors[name], rows.to(tensors[name].dtype)])
-        save_file(tensors, directory / USERS)
+        with writing_tensors(directory / USERS):
+            save_file(tensors, directory / USERS)
         return {}
     assert model.user_encoder is not None
     rows = rows.to(model.user_encoder.table.dtype)

@@ -11,10 +11,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prlhf.adapt.scrub import scrub
 from prlhf.engine.checkpoint import OPTIMIZER
 from prlhf.engine.optim import ROW_TABLES
-from prlhf.engine.run_dir import LOCK
 from prlhf.engine.tombstones import TOMBSTONES
 from prlhf.errors import CheckpointError
 from prlhf.files import (
@@ -27,14 +25,13 @@ from prlhf.files import (
     remove_directories,
     seal_directory,
     write_json_atomic,
+    writing_tensors,
 )
 from prlhf.models.assemble import CONTEXTS, STATE, USER_IDS, USERS, read_tensors
 from prlhf.models.user_rows import STORE, write_without
 from prlhf.usermodel.store import UserStore
 
 RECEIPT = "forgotten-{tag}.json"
-# JSON of ours; a tokenizer's own may hold any word as a key.
-SCRUBBED = (USER_IDS, CONTEXTS, "adapt*.json", "feedback*.json")
 PREFIX = ".forget-"
 UNUSABLE = "delete the checkpoint, which cannot be used, and call prlhf forget again"
 NEW, OLD = f"{PREFIX}new-", f"{PREFIX}old-"
@@ -46,7 +43,8 @@ def find_user(checkpoint: Path, user_id: str) -> list[str]:
     Raises: CheckpointError: the user is the only one of the model, or a damaged store.
     """
     users = read_json(checkpoint / USER_IDS)["user_ids"]
-    files = [path.name for path in _json_files(checkpoint) if scrub(read_json(path), user_id)[1]]
+    without = _json_without(checkpoint, user_id)
+    files = [name for name, value in without.items() if value != read_json(checkpoint / name)]
     if user_id in users:
         files += [name for name, tables in _tables(checkpoint, len(users)).items() if tables]
     if (checkpoint / STORE).is_dir():
@@ -79,7 +77,7 @@ def remove_user(checkpoint: Path, user_id: str) -> None:
     new = checkpoint.with_name(f"{NEW}{checkpoint.name}")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    values: dict[str, Any] = {path.name: scrub(read_json(path), user_id)[0] for path in _json_files(checkpoint)}
+    values = _json_without(checkpoint, user_id)
     values[STATE] = {**read_json(checkpoint / STATE), "data_sha256": None}
     tensors = {}
     if user_id in users:
@@ -94,14 +92,15 @@ def remove_user(checkpoint: Path, user_id: str) -> None:
         if path.name in values:
             write_json_atomic(new / path.name, values[path.name])
         elif path.name in tensors:
-            save_file(tensors[path.name], new / path.name)
+            with writing_tensors(new / path.name):
+                save_file(tensors[path.name], new / path.name)
         elif path.name == TOMBSTONES or path.match(RECEIPT.format(tag="*")):
             unsealed.append(path)
         elif path.name == STORE:
             shards = write_without(new / STORE, path, user_id)
             changed = [name for name in shards if not (path / name).is_file()]
             _share(new / STORE, changed, checkpoint.parent.glob(f"step-*/{STORE}"))
-        elif path.name not in (MANIFEST, LOCK) and not path.name.startswith("."):
+        elif path.name != MANIFEST and not path.name.startswith("."):
             link_or_copy(path, new / path.name)
     seal_directory(new, {f"{STORE}/{name}": entry for name, entry in shards.items()})
     for path in unsealed:  # they change while the rest does not
@@ -118,6 +117,11 @@ def compares_data(checkpoint: Path) -> bool:
     return read_json(checkpoint / STATE).get("data_sha256") is not None
 
 
+def has_begun_rename(checkpoint: Path) -> bool:
+    """Whether a call of `remove_user` was cut short between the renames of a checkpoint."""
+    return not checkpoint.exists() and checkpoint.with_name(f"{OLD}{checkpoint.name}").is_dir()
+
+
 def finish_rename(checkpoint: Path) -> None:
     """Bring to its end what `remove_user` had begun when it was killed; the checkpoint is the old one or the new."""
     new, old = checkpoint.with_name(f"{NEW}{checkpoint.name}"), checkpoint.with_name(f"{OLD}{checkpoint.name}")
@@ -132,8 +136,14 @@ def finish_renames(parent: Path) -> None:
         finish_rename(parent / path.name.removeprefix(NEW).removeprefix(OLD))
 
 
-def _json_files(checkpoint: Path) -> list[Path]:
-    return sorted(path for pattern in SCRUBBED for path in checkpoint.glob(pattern))
+def _json_without(checkpoint: Path, user_id: str) -> dict[str, Any]:
+    """What the files with ids hold without the user, by name."""
+    values: dict[str, Any] = {
+        USER_IDS: {"user_ids": [user for user in read_json(checkpoint / USER_IDS)["user_ids"] if user != user_id]}
+    }
+    if (checkpoint / CONTEXTS).is_file():
+        values[CONTEXTS] = {user: facts for user, facts in read_json(checkpoint / CONTEXTS).items() if user != user_id}
+    return values
 
 
 def _has_row(store: Path, user_id: str) -> bool:

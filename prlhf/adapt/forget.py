@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from prlhf.adapt.checkpoint_rows import (
+    PREFIX,
     RECEIPT,
     check_cleanable,
     compares_data,
     find_user,
     finish_rename,
     finish_renames,
+    has_begun_rename,
     remove_user,
 )
 from prlhf.adapt.scrub import count_changed_lines, drop_row, rewrite_lines, scrub, scrub_line, strings
@@ -22,10 +25,11 @@ from prlhf.data.jsonl import read_jsonl
 from prlhf.data.prepared import USERS_FILE
 from prlhf.data.quoting import quote
 from prlhf.engine.checkpoint import CONFIG, remove_stale_temporaries
-from prlhf.engine.run_dir import STATUS, RunDir
-from prlhf.engine.tombstones import TOMBSTONES, Tombstones
+from prlhf.engine.run_dir import LOCK, STATUS
+from prlhf.engine.tombstones import Tombstones
 from prlhf.errors import CheckpointError, DataError
-from prlhf.files import read_json, write_json_atomic
+from prlhf.evaluation.samples import GENERIC
+from prlhf.files import LockFile, read_json, write_json_atomic
 from prlhf.models.assemble import CONTEXTS, STATE
 
 REMAINS = (
@@ -36,6 +40,7 @@ REMAINS = (
     "Copies: other runs, adapted checkpoints made from this one, exports, reports written elsewhere, backups, and disk "
     "blocks that are freed but not overwritten.",
 )
+OF_DATA = "data: "  # before what goes from --data
 DATA_REMAINS = "The data that the user's rows came from; a resumed run refuses it (--data DIR takes them out)."
 
 
@@ -56,12 +61,12 @@ def forget_user(directory: Path, user_id: str, *, data: Path | None = None) -> d
     Raises: DataError: the user is nowhere here. CheckpointError: neither run nor checkpoint, a damaged checkpoint, or
         the model's only user. RunDirError: the run is in use.
     """
-    if not directory.exists():
-        finish_rename(directory)
-    is_checkpoint = (directory / STATE).is_file()
-    if not is_checkpoint and not (directory / CONFIG).is_file():
-        raise CheckpointError(f"{directory}: neither a run nor a checkpoint; give runs/NAME or what prlhf adapt wrote")
-    with RunDir(directory, writes=True):
+    directory = directory.resolve()  # a link stays, and what it names is cleaned
+    is_checkpoint = (directory / STATE).is_file() or has_begun_rename(directory)
+    _check_target(directory, user_id, is_checkpoint=is_checkpoint)
+    # A checkpoint is replaced as a whole, and with it a lock inside.
+    lock = directory.with_name(f"{PREFIX}lock-{directory.name}") if is_checkpoint else directory / LOCK
+    with LockFile(lock, directory):
         _clear_leftovers(directory, is_checkpoint=is_checkpoint)
         tombstones = Tombstones(directory)
         tag = tombstones.tag(user_id)
@@ -78,8 +83,18 @@ def forget_user(directory: Path, user_id: str, *, data: Path | None = None) -> d
             for step in steps:
                 tombstones.note(tag, step.what)
                 step.do()
-            _write_receipt(directory, tombstones, tag, data)
+            _write_receipt(directory, tombstones, tag)
         return read_json(_receipt_path(directory, tag))
+
+
+def _check_target(directory: Path, user_id: str, *, is_checkpoint: bool) -> None:
+    if not is_checkpoint and not (directory / CONFIG).is_file():
+        raise CheckpointError(f"{directory}: neither a run nor a checkpoint; give runs/NAME or what prlhf adapt wrote")
+    run = directory.parent.parent
+    if is_checkpoint and directory.parent.name == "checkpoints" and (run / CONFIG).is_file():
+        raise CheckpointError(f"{directory}: a checkpoint of a run, whose others would keep the user; give {run}")
+    if user_id == GENERIC:
+        raise DataError(f"user {quote(GENERIC)}: names the generic user, who is nobody; give the id of one user")
 
 
 def _clear_leftovers(directory: Path, *, is_checkpoint: bool) -> None:
@@ -89,8 +104,10 @@ def _clear_leftovers(directory: Path, *, is_checkpoint: bool) -> None:
     else:
         finish_renames(directory / "checkpoints")
         remove_stale_temporaries(directory)
-    for path in directory.rglob(".*.tmp-*"):
-        path.unlink()
+    for folder in (directory, directory / "eval", directory / "samples"):
+        for path in folder.glob(".*.tmp-*"):
+            if path.is_file():
+                path.unlink()
 
 
 def _plan(
@@ -108,7 +125,7 @@ def _plan(
     from_data = [
         step
         for path in sources
-        for step in _plan_file(path, f"data: {path.name}", user_id, partial(drop_row, user_id=user_id))
+        for step in _plan_file(path, f"{OF_DATA}{path.name}", user_id, partial(drop_row, user_id=user_id))
     ]
     begun = bool(begun or steps or from_data)
     for checkpoint, files in found.items():
@@ -122,15 +139,9 @@ def _plan(
 
 
 def _run_files(directory: Path) -> list[Path]:
-    """JSON files of a run outside its checkpoints."""
-    return sorted(
-        path
-        for path in directory.rglob("*.json*")
-        if path.suffix in (".json", ".jsonl")
-        and path.name != TOMBSTONES
-        and not path.match(RECEIPT.format(tag="*"))
-        and path.relative_to(directory).parts[0] != "checkpoints"
-    )
+    """A run's files but its checkpoints, and rows that lie beside; other models in its folder are left alone."""
+    patterns = (STATUS, "*.jsonl", "eval/*.json", "samples/*.jsonl")
+    return sorted(path for pattern in patterns for path in directory.glob(pattern))
 
 
 def _plan_file(
@@ -141,9 +152,13 @@ def _plan_file(
         if count:
             yield Step(f"{where}: {count} lines", partial(rewrite_lines, path, change))
         return
-    value, count = scrub(read_json(path), user_id)
-    if path.name == STATUS and quote(user_id) in str(value.get("error", "")):
-        value, count = {key: item for key, item in value.items() if key != "error"}, count + 1
+    value = read_json(path)
+    if path.name == USERS_FILE:
+        value, count = {user: item for user, item in value.items() if user != user_id}, int(user_id in value)
+    elif path.name == STATUS and quote(user_id) in str(value.get("error", "")):
+        value, count = {key: item for key, item in value.items() if key != "error"}, 1
+    else:
+        value, count = scrub(value, user_id)
     if count:
         yield Step(f"{where}: {count} entries", partial(write_json_atomic, path, value))
 
@@ -151,13 +166,16 @@ def _plan_file(
 def _data_files(data: Path | None) -> list[Path]:
     """Files with rows of users.
 
-    Raises: DataError: nothing to take rows out of.
+    Raises: DataError: nothing to take rows out of, or a line that is no JSON.
     """
     if data is None:
         return []
     files = [data] if data.suffix == ".jsonl" else [*sorted(data.glob("*.jsonl")), *data.glob(USERS_FILE)]
     if not files or not all(path.is_file() for path in files):
         raise DataError(f"--data {data}: neither a prepared directory nor a .jsonl file; give where the rows are")
+    for path in files:
+        if path.suffix == ".jsonl":
+            deque(read_jsonl(path), maxlen=0)  # a line that cannot be read may be the user's
     return files
 
 
@@ -186,9 +204,10 @@ def _receipt_path(directory: Path, tag: str) -> Path:
     return directory / RECEIPT.format(tag=tag[:16])
 
 
-def _write_receipt(directory: Path, tombstones: Tombstones, tag: str, data: Path | None) -> None:
-    remains = [*REMAINS, *([] if data else [DATA_REMAINS])]
-    receipt = {"tombstone": tag, "removed": tombstones.entries[tag]["removed"], "remains": remains}
+def _write_receipt(directory: Path, tombstones: Tombstones, tag: str) -> None:
+    removed = tombstones.entries[tag]["removed"]
+    remains = [*REMAINS, *([] if any(what.startswith(OF_DATA) for what in removed) else [DATA_REMAINS])]
+    receipt = {"tombstone": tag, "removed": removed, "remains": remains}
     write_json_atomic(_receipt_path(directory, tag), receipt)
     tombstones.finish(tag)
 

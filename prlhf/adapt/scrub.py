@@ -1,4 +1,4 @@
-"""Taking one user out of JSON files: an id counts where it is a whole JSON string, never as a part of one."""
+"""Taking one user out of JSON files: an id counts where an id stands, for it may be any word, also one of ours."""
 
 from __future__ import annotations
 
@@ -10,31 +10,35 @@ from typing import Any
 
 from prlhf.files import fsync_path
 
+BY_USER = ("per_user", "per_unseen_user", "on_side")  # what evaluations map from user ids
+
 
 def scrub(value: Any, user_id: str) -> tuple[Any, int]:
-    """A JSON value without what names a user: entries under the id, list members that are it or have it in a field,
-    fields that hold it.
+    """A JSON value without a user's entries in maps by user, and without the records about the user in lists.
 
     Returns: the value, and how many such parts were taken out.
     """
-    count = 0
     if isinstance(value, dict):
-        kept: Any = {key: item for key, item in value.items() if user_id not in (key, item)}
-        count = len(value) - len(kept)
-        for key, item in kept.items():
-            kept[key], inside = scrub(item, user_id)
-            count += inside
+        count, kept = 0, {}
+        for key, item in value.items():
+            of_users = {user: own for user, own in item.items() if user != user_id} if _is_by_user(key, item) else item
+            kept[key], inside = scrub(of_users, user_id)
+            count += inside + (len(item) - len(of_users) if of_users is not item else 0)
         return kept, count
     if isinstance(value, list):
-        members = [item for item in value if item != user_id and not names(item, user_id)]
+        members = [item for item in value if not is_about(item, user_id)]
         scrubbed = [scrub(item, user_id) for item in members]
         return [item for item, _ in scrubbed], len(value) - len(members) + sum(inside for _, inside in scrubbed)
     return value, 0
 
 
-def names(record: Any, user_id: str) -> bool:
-    """Whether a record is about a user: a field of it holds the id."""
-    return isinstance(record, dict) and user_id in record.values()
+def _is_by_user(key: str, item: Any) -> bool:
+    return key in BY_USER and isinstance(item, dict)
+
+
+def is_about(record: Any, user_id: str) -> bool:
+    """Whether a record is about a user, by its field `user_id`."""
+    return isinstance(record, dict) and record.get("user_id") == user_id
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -61,7 +65,7 @@ def scrub_line(line: bytes, user_id: str, texts: Collection[str]) -> bytes | Non
         record = json.loads(line)
     except ValueError:
         return None if any(quoted in line for quoted in _quoted(user_id)) else line
-    if names(record, user_id) or (texts and not set(texts).isdisjoint(strings(record))):
+    if is_about(record, user_id) or (texts and not set(texts).isdisjoint(strings(record))):
         return None
     kept, count = scrub(record, user_id)
     return json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n" if count else line
@@ -73,7 +77,7 @@ def drop_row(line: bytes, user_id: str) -> bytes | None:
         record = json.loads(line)
     except ValueError:
         return line
-    return None if isinstance(record, dict) and record.get("user_id") == user_id else line
+    return None if is_about(record, user_id) else line
 
 
 def _quoted(user_id: str) -> tuple[bytes, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ import torch
 
 from prlhf import __version__
 from prlhf.errors import Preempted, RunDirError
-from prlhf.files import write_json_atomic, write_text_atomic
+from prlhf.files import LockFile, write_json_atomic, write_text_atomic
 
 STATUS = "STATUS.json"
 METRICS = "metrics.jsonl"
@@ -35,6 +34,7 @@ class RunDir:
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path = path
         self.writes = writes
+        self._lock = LockFile(path / LOCK, path)
         self._is_new = not path.exists()
         self._started = False
 
@@ -48,35 +48,16 @@ class RunDir:
             return
         if self._started and error is not None:
             self.set_status("preempted" if isinstance(error, Preempted) else "failed", error=str(error))
-        (self.path / LOCK).unlink(missing_ok=True)
+        self._lock.release()
         if self._is_new and not self._started:
             self.path.rmdir()
-        self._lock.close()
 
     def _acquire_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / LOCK).open("a+", encoding="utf-8")
+            self._lock.acquire()
         except OSError as error:
             raise RunDirError(f"{self.path}: {error.strerror}; choose another name= or another --runs folder") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            self._lock.close()
-            raise RunDirError(f"{self.path}: in use by {holder}; wait for it, or choose another name=") from None
-        if not self._holds_lock_file():
-            self._lock.close()
-            raise RunDirError(f"{self.path}: another process is just letting go of it; try again")
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
-        self._lock.flush()
-
-    def _holds_lock_file(self) -> bool:
-        """Whether the locked file is the one in the directory: who held it before removes it in the end."""
-        path = self.path / LOCK
-        return path.exists() and os.path.samestat(path.stat(), os.fstat(self._lock.fileno()))
 
     def start(self, config_text: str, *, step: int) -> None:
         """Take the directory over: configuration, environment, status, and no metrics of steps that come again."""

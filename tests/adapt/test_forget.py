@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from prlhf.adapt import forget
 from prlhf.adapt.forget import forget_user
 from prlhf.cli import main
 from prlhf.engine.run_dir import RunDir
@@ -22,7 +23,16 @@ from prlhf.files import find_damage, seal_directory
 from prlhf.models import load_model, load_policy
 from tests.forget_run import CANARY_TEXT, bytes_of, contents, killed_at, logits_of, make_run
 from tests.saved_policies import checkpoint_of, save_policy
-from tests.tiny_run import Crash, Tiny, at_step, crash, opposed_records, preference_record, write_jsonl
+from tests.tiny_run import (
+    Crash,
+    Tiny,
+    at_step,
+    crash,
+    opposed_records,
+    preference_record,
+    snapshot,
+    write_jsonl,
+)
 
 KINDS = ["uniform", "individual", "cluster", "low_rank", "text", "history"]
 
@@ -99,6 +109,80 @@ def test_an_id_that_is_nowhere_leaves_no_tombstone(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="neither a run nor a checkpoint"):
         forget_user(tmp_path / "nowhere", "cat")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_other_models_and_strange_files_in_a_runs_folder_stay_as_they_are(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "cat")
+    shutil.copytree(checkpoint_of(tmp_path / "run"), tmp_path / "run" / "adapted")
+    (tmp_path / "run" / "export").mkdir()
+    (tmp_path / "run" / "export" / "export.json").write_text('{"user_ids": ["ann", "cat", "bob"]}')
+    (tmp_path / "run" / "notes.json").write_text("{cat")
+    (tmp_path / "run" / ".adapted.tmp-1").mkdir()
+    folders = [tmp_path / "run" / name for name in ("adapted", "export", "notes.json", ".adapted.tmp-1")]
+    before = [snapshot(folder) if folder.is_dir() else folder.read_bytes() for folder in folders]
+    forget_user(tmp_path / "run", "cat")
+    assert [snapshot(folder) if folder.is_dir() else folder.read_bytes() for folder in folders] == before
+
+
+@pytest.mark.parametrize("word", ["user_ids", "accuracy", "num_rows", "failed", "generic"])
+def test_a_word_of_ours_is_nobodys_id(word: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "cat")
+    before = snapshot(tmp_path)
+    with pytest.raises(DataError, match="holds nothing of this user|who is nobody"):
+        forget_user(tmp_path / "run", word)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_link_to_a_checkpoint_stays_and_what_it_names_forgets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_policy(tmp_path / "run", user_ids=["ann", "cat", "bob"])
+    shutil.copytree(checkpoint_of(tmp_path / "run"), tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")
+    forget_user(tmp_path / "link", "cat")
+    assert (tmp_path / "link").is_symlink()
+    monkeypatch.chdir(tmp_path / "model")
+    forget_user(Path(), "ann")
+    assert load_policy(tmp_path / "model").users.user_ids == ("bob",)  # type: ignore[union-attr]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_one_call_at_a_time_and_a_runs_checkpoints_forget_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock of a checkpoint lies beside it: what is inside is replaced."""
+    make_run(tmp_path / "run", "cat")
+    checkpoint = checkpoint_of(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="a checkpoint of a run"):
+        forget_user(checkpoint, "cat")
+    adapted = tmp_path / "adapted"
+    shutil.copytree(checkpoint, adapted)
+    remove = forget.remove_user
+
+    def remove_user(*args: Any) -> None:
+        remove(*args)
+        with pytest.raises(RunDirError, match="in use by process"):
+            forget_user(adapted, "ann")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forget, "remove_user", remove_user)
+        forget_user(adapted, "cat")
+    forget_user(adapted, "ann")
+    assert len(json.loads((adapted / "tombstones.json").read_text())["forgotten"]) == 2
+
+
+def test_a_receipt_warns_of_data_unless_rows_were_taken_out(tmp_path: Path) -> None:
+    _, data = make_run(tmp_path / "run", "cat")
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "Tea?", "chosen": "a", "rejected": "b"}])
+    remains = forget_user(tmp_path / "run", "cat", data=other)["remains"]
+    assert any(what.startswith("The data") for what in remains)
+    torn = tmp_path / "torn.jsonl"
+    torn.write_text('{"user_id": "cat", "pro')
+    with pytest.raises(DataError, match="torn.jsonl:1"):
+        forget_user(tmp_path / "again", "cat", data=torn)
+    remains = forget_user(tmp_path / "again", "cat", data=data)["remains"]
+    assert not any(what.startswith("The data") for what in remains)
 
 
 def test_the_only_user_damaged_checkpoints_and_running_trainings_are_refused(tmp_path: Path) -> None:

@@ -9,23 +9,34 @@ import pytest
 from prlhf.adapt.scrub import drop_row, scrub, scrub_line
 
 
-def test_entries_members_fields_and_records_of_a_user_go_and_nothing_else():
+def test_a_users_entries_and_records_go_and_nothing_else():
     value = {
         "per_user": {"ann": {"accuracy": 1.0}, "anna": {"accuracy": 0.5}},
-        "worst": "ann",
-        "users": ["ann", "bob", "annie"],
-        "rows": [{"user_id": "ann", "response": "x"}, {"user_id": "bob", "response": "ann said so"}],
+        "slices": {"length_gap_20": {"per_unseen_user": {"ann": 1}}},
+        "on_side": {"ann": 1.0, "bob": 0.5},
+        "rows": [{"user_id": "ann", "response": "x"}, {"user_id": "bob", "response": "ann"}],
         "mean": 0.75,
     }
     kept, count = scrub(value, "ann")
     assert kept == {
         "per_user": {"anna": {"accuracy": 0.5}},
-        "users": ["bob", "annie"],
-        "rows": [{"user_id": "bob", "response": "ann said so"}],
+        "slices": {"length_gap_20": {"per_unseen_user": {}}},
+        "on_side": {"bob": 0.5},
+        "rows": [{"user_id": "bob", "response": "ann"}],
         "mean": 0.75,
     }
     assert count == 4
     assert scrub(kept, "ann") == (kept, 0)
+
+
+@pytest.mark.parametrize("user", ["per_user", "accuracy", "user_id", "seen", "finished", "user", "bob"])
+def test_an_id_may_be_any_word_of_ours(user: str) -> None:
+    turns = [{"role": "user", "content": "finished"}]
+    others = {"per_user": {"ann": {"accuracy": 1.0}}, "accuracy": {"seen": {"mean": 1.0}}, "status": "finished",
+              "words": {"per_user": {"ann": 9.0}}, "rows": [{"user_id": "ann", "prompt": turns, "response": "bob"}]}
+    assert scrub(others, user) == (others, 0)
+    line = json.dumps(others["rows"][0]).encode() + b"\n"  # type: ignore[index]
+    assert scrub_line(line, user, ()) == line == drop_row(line, user)
 
 
 @pytest.mark.parametrize("ensure_ascii", [True, False])
