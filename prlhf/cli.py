@@ -35,7 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="evaluate a run or checkpoint again, also on other data")
     evaluate.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run or checkpoint directory")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="eval.* keys, such as eval.temperature=1.0")
-    evaluate.add_argument("--data", metavar="SOURCE", help="a prepared directory, a .jsonl file or builtin:NAME")
+    evaluate.add_argument(
+        "--data", metavar="SOURCE", help="a prepared directory, builtin:NAME, or a .jsonl file, all of it"
+    )
     evaluate.add_argument("--out", metavar="FILE", type=Path, help="also write the figures as JSON")
     evaluate.set_defaults(run=_eval)
 
@@ -156,8 +158,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _eval(args: argparse.Namespace) -> int:
     from prlhf.engine.evaluate import evaluate_checkpoint
     from prlhf.evaluation.report import format_figures
-    from prlhf.files import write_json_atomic
+    from prlhf.files import make_place, write_json_atomic
 
+    if args.out is not None:
+        make_place(args.out)
     figures = evaluate_checkpoint(args.checkpoint, source=args.data, overrides=args.overrides)
     sys.stdout.write(format_figures(figures) + "\n")
     if args.out is not None:
@@ -170,6 +174,8 @@ def _compare(args: argparse.Namespace) -> int:
 
     overrides = [*(item for item in args.runs_or_configs if "=" in item), *args.overrides]
     targets = [item for item in args.runs_or_configs if "=" not in item]
+    if not targets:
+        raise ConfigError("compare: no run; give runs/NAME or a YAML file, at least one")
     sys.stdout.write(compare_runs(targets, overrides, runs=Path(args.runs)))
     return 0
 
@@ -194,7 +200,10 @@ def _report(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     from prlhf.data.jsonl import write_jsonl
     from prlhf.engine.score import score_file
+    from prlhf.files import make_place
 
+    if args.out is not None:
+        make_place(args.out)
     users = None if args.users == "all" else args.users.split(",")
     records = score_file(args.checkpoint, args.data, users)
     if args.out is None:
@@ -207,14 +216,15 @@ def _score(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from prlhf.data.jsonl import write_jsonl
     from prlhf.data.records import prompt_record
-    from prlhf.evaluation.samples import about_users, user_indices
+    from prlhf.evaluation.samples import about_users, known_users, user_indices
+    from prlhf.files import make_place
     from prlhf.generation import generate
     from prlhf.models import load_policy
 
+    make_place(args.out)
     prompts = _read_prompts(args.prompts)
     policy = load_policy(args.checkpoint)
-    known = list(policy.users.user_ids) if policy.users else ["generic"]
-    users = _known_users(known if args.users == "all" else args.users.split(","), policy)
+    users = known_users(policy, None if args.users == "all" else args.users.split(","))
     pairs = [(user, prompt) for user in users for prompt in prompts]
     answers = generate(
         policy,
@@ -235,12 +245,12 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     from prlhf.data.records import Message
-    from prlhf.evaluation.samples import about_users, user_indices
+    from prlhf.evaluation.samples import about_users, known_users, user_indices
     from prlhf.generation import generate
     from prlhf.models import load_policy
 
     policy = load_policy(args.checkpoint)
-    user_ids = user_indices(policy, _known_users([args.user], policy))
+    user_ids = user_indices(policy, known_users(policy, [args.user]))
     history: list[Message] = []
     while True:
         sys.stdout.write(f"{args.user}> ")
@@ -276,23 +286,6 @@ def _sampling(args: argparse.Namespace) -> Any:
     )
 
 
-def _known_users(users: list[str], policy: Any) -> list[str]:
-    """The same users; "generic" is the generic one.
-
-    Raises: DataError: each unknown id.
-    """
-    messages = []
-    for user in users:
-        if user != "generic" and user not in policy.users:
-            try:
-                policy.users.index(user)
-            except DataError as error:
-                messages += error.messages
-    if messages:
-        raise DataError(*(f"{message}; give known users, all or generic" for message in messages))
-    return users
-
-
 def _read_prompts(path: Path) -> list[Any]:
     """Prompts of a .txt or .jsonl file."""
     from prlhf.data.jsonl import read_jsonl
@@ -306,7 +299,7 @@ def _read_prompts(path: Path) -> list[Any]:
             prompts.append(response_row({"prompt": record["prompt"], "response": ""}, f"{path}:{number}").prompt)
     else:
         try:
-            prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{path}: cannot be read ({error}); give a UTF-8 text file with one prompt a line"

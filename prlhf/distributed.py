@@ -173,6 +173,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def counts_of_ranks(count: int) -> list[int]:
+    """Every rank's count."""
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = count
+    return all_reduce_sum(counts).tolist()
+
+
 def all_gather_rows(tensor: Tensor) -> Tensor:
     """The rows of all ranks, one after the other; each rank may have another number of them."""
     if not dist.is_initialized():

@@ -14,11 +14,12 @@ class PrlhfError(ValueError):
     exit_code = 2
 
     def __init__(self, *messages: str) -> None:
-        self.messages = [_printable(message) for message in messages]
+        self.messages = [printable(message) for message in messages]
         super().__init__("\n".join(self.messages))
 
 
-def _printable(message: str) -> str:
+def printable(message: str) -> str:
+    """One line of text with what cannot be printed shown by its code."""
     line = " ".join(message.split("\n"))
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from prlhf.errors import CheckpointError, RunDirError
 
 MANIFEST = "manifest.json"
+MAX_NAME_BYTES = 200  # most disks take 255, of which a temporary name beside it takes some
 
 
 def fsync_path(path: Path) -> None:
@@ -59,6 +60,11 @@ def read_json(path: Path) -> Any:
         raise CheckpointError(f"{path}: no such file; give a checkpoint directory or a run directory") from None
     except ValueError as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); use another checkpoint") from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The JSON values of a file of ours, one a line; texts may hold what `str.splitlines` takes for an end of line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def sha256_of(path: Path) -> str:
@@ -127,6 +133,31 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def check_can_appear(path: Path) -> None:
+    """Refuse, before any work, a file or directory to be written where none can be.
+
+    Raises: RunDirError: no name for one, or a file in the place of a folder.
+    """
+    path = path.absolute()
+    longest = max(len(os.fsencode(part)) for part in path.parts)
+    if longest > MAX_NAME_BYTES:
+        raise RunDirError(f"{path}: has a name of {longest} bytes; choose one of {MAX_NAME_BYTES}")
+    above = next(parent for parent in path.parents if parent.exists())
+    if not path.name or not above.is_dir():
+        raise RunDirError(f"{path}: cannot be written, as {above} is no folder; choose another path")
+
+
+def make_place(path: Path) -> None:
+    """Make the folder of a file to be written, before any work.
+
+    Raises: RunDirError: a folder is in the file's place, or none can be made for it.
+    """
+    check_can_appear(path)
+    if path.is_dir():
+        raise RunDirError(f"{path}: is a folder; give a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def publish_directory(temporary: Path, final: Path) -> None:

@@ -53,9 +53,9 @@ class Run:
 
 @pytest.fixture(scope="session")
 def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with finished runs `tiny` (pdpo), `vanilla` (dpo) and `reward` (prm)."""
+    """A folder with finished runs `tiny` (pdpo), `vanilla` (dpo), `reward` (prm) and `plain` (rm)."""
     folder = tmp_path_factory.mktemp("trained")
-    for name, settings in {"tiny": {}, "vanilla": {"method": "dpo"}, "reward": {"method": "prm"}}.items():
-        config = tiny.write_config(folder / f"{name}.yaml", name=name, train__max_steps=2, **settings)
+    for name, method in {"tiny": "pdpo", "vanilla": "dpo", "reward": "prm", "plain": "rm"}.items():
+        config = tiny.write_config(folder / f"{name}.yaml", name=name, train__max_steps=2, method=method)
         assert main(["train", config, "--runs", str(folder)]) == 0
     return folder

@@ -16,7 +16,19 @@ from prlhf.engine.child import SignalRelay
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models import load_policy
 from tests.cli_run import Run, train_here
-from tests.tiny_run import Tiny, at_step, checkpoints, read_status, snapshot, stop_signal, write_data, write_jsonl
+from tests.tiny_run import (
+    EVAL_THINGS,
+    Tiny,
+    at_step,
+    checkpoints,
+    opposed_records,
+    preference_record,
+    read_status,
+    snapshot,
+    stop_signal,
+    write_data,
+    write_jsonl,
+)
 
 
 @pytest.fixture
@@ -141,6 +153,8 @@ def test_score_writes_a_score_for_every_response_and_user(run: Run, trained: Pat
     assert keys == [(1, "p", "bob", "chosen"), (1, "p", "generic", "chosen"),
                     (2, None, "bob", "line"), (2, None, "generic", "line")]
     assert records[0]["chosen"] != records[1]["chosen"], "each user has a score of its own"
+    assert run("score", trained / "reward", "--data", data, "--users", "bob,bob", "--out", out)[0] == 0
+    assert len(out.read_text().splitlines()) == 2, "each user once"
     code, printed, _ = run("score", trained / "reward", "--data", data)
     assert code == 0
     assert [json.loads(line)["user_id"] for line in printed.splitlines()] == ["ann", "bob"] * 2
@@ -155,7 +169,9 @@ def test_score_writes_a_score_for_every_response_and_user(run: Run, trained: Pat
         ("tiny", "all", {"prompt": "Why?", "response": "Tea."}, "holds a policy"),
         ("reward", "dan", {"prompt": "Why?", "response": "Tea."}, "'dan' is not one of the 2 known users"),
         ("reward", "all", {"prompt": "Why?"}, "rows.jsonl:1: expected"),
-        ("reward", "all", {"prompt": "Why?", "response": " "}, "1 responses cannot be scored"),
+        ("reward", "all", {"prompt": "Why?", "response": " "}, "rows.jsonl:1: response is empty"),
+        ("reward", "all", {"prompt": "Why?", "chosen": "a", "rejected": "b " * 999}, "rows.jsonl:1: rejected is"),
+        ("plain", "dan", {"prompt": "Why?", "response": "Tea."}, "'dan' is not one of the 0 known users"),
     ],
 )
 def test_score_refuses_in_one_line(
@@ -235,3 +251,47 @@ def test_the_module_ends_with_the_code_of_the_mistake_and_no_traceback(run: Run)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and "train.lrr" in line and "did you mean" in line
+
+
+def test_a_file_is_evaluated_as_a_whole_beside_the_runs_own_training_rows(
+    run: Run, trained: Path, tmp_path: Path
+) -> None:
+    rows = opposed_records(EVAL_THINGS) + [preference_record("tea", "zoe", prefers_short=True)]
+    data, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "new" / "figures.json"
+    assert run("eval", trained / "tiny", "eval.generate=0", "--data", data, "--out", out)[0] == 0
+    figures = json.loads(out.read_text())
+    assert figures["accuracy"]["seen"]["num_rows"] == len(rows) - 1
+    assert set(figures["per_unseen_user"]) == {"zoe"}
+    assert figures["leaks"]["overlap"]["eval_seen"]["prompt"] == 0
+    assert figures["leaks"]["overlap"]["eval_unseen"]["prompt"] == 1, "tea is a thing of training"
+
+
+def test_rows_that_cannot_be_scored_are_counted_and_no_baseline_has_them(
+    run: Run, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = opposed_records(EVAL_THINGS)
+    alike = {"prompt": "Alike", "chosen": "and " * 999 + "so", "rejected": "and " * 999 + "no"}  # where they are cut
+    rows += [{**row, **alike} for row in rows[:2]]
+    data, out = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "figures.json"
+    assert run("eval", trained / "tiny", "eval.generate=0", "--data", data, "--out", out)[0] == 0
+    figures = json.loads(out.read_text())
+    assert figures["dropped"] == {"eval_seen": {"equal_response_ids": 2}}
+    assert "eval_seen: 2 of 8 rows cannot be scored" in caplog.text
+    assert figures["leaks"]["overlap"]["eval_seen"]["rows"] == figures["accuracy"]["seen"]["num_rows"] == 6
+
+
+def test_texts_may_hold_what_python_takes_for_an_end_of_line(run: Run, tmp_path: Path) -> None:
+    rows = [
+        {"user_id": f"{user}\u2028", "prompt": f"One\u2029{i}?", "chosen": f"yes\x85{i}", "rejected": f"no no {i}"}
+        for user in ("ann", "bob") for i in range(12)
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    code, out, _ = run.train(f"data.source={data}", "data.eval_prompts=0.3", "train.max_steps=1", eval__generate=2)
+    assert code == 0 and "One\\u2029" in out
+    assert run("compare", run.runs / "tiny")[0] == 0
+    assert run("report", run.runs / "tiny")[0] == 0
+    (tmp_path / "prompts.txt").write_text("One\u2028Two\n", encoding="utf-8")
+    answers = tmp_path / "answers.jsonl"
+    arguments = ("--prompts", tmp_path / "prompts.txt", "--out", answers, "--max-new-tokens", 1, "--users", "generic")
+    assert run("generate", run.runs / "tiny", *arguments)[0] == 0
+    assert [json.loads(line)["prompt"] for line in answers.read_text().split("\n") if line] == ["One\u2028Two"]

@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from prlhf.adapt import add_users, checkpoint_rows
 from prlhf.engine import launch
 from prlhf.engine import trainer as trainer_module
 from prlhf.engine.run_dir import RunDir
+from prlhf.serving import export
 from tests.cli_run import Run
-from tests.tiny_run import Tiny, read_status, snapshot, write_data
+from tests.tiny_run import Tiny, read_status, snapshot, write_data, write_jsonl
 
 
 @pytest.fixture
@@ -206,3 +209,56 @@ def test_compare_refuses_runs_without_preferences(run: Run) -> None:
     assert run.train(method="sft", train__max_steps=1)[0] == 0
     (line,) = run.refused("compare", run.runs / "tiny")
     assert "no preference accuracy" in line
+
+
+def test_where_nothing_can_be_written_is_said_before_any_work(run: Run, trained: Path, tmp_path: Path) -> None:
+    file, rows = tmp_path / "file", write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "response": "r"}])
+    file.write_text("mine")
+    (tmp_path / "prompts.txt").write_text("Why?\n")
+    tiny = trained / "tiny"
+    for command in (
+        ("score", trained / "reward", "--data", rows, "--out", file / "x"),
+        ("generate", tiny, "--prompts", tmp_path / "prompts.txt", "--out", file / "x"),
+        ("generate", tiny, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path),
+        ("eval", tiny, "--out", file / "x"),
+        ("users", tiny, "--map", file / "x.png"),
+        ("users", tiny, "--colour", "accuracy"),
+        ("export", tiny, "--format", "merged", "--out", file / "x"),
+        ("export", tiny, "--format", "merged", "--out", tmp_path / ("x" * 300)),
+        ("adapt", tiny, "--user", "eve", "--out", file / "x"),
+        ("adapt", tiny, "--user", "", "--out", tmp_path / "x"),
+        ("adapt", tiny, "--user", "\udcff", "--out", tmp_path / "x"),
+        ("report", tiny, "--out", file / "x"),
+        ("compare", "seed=1"),
+    ):
+        assert len(run.refused(*command)) == 1, command
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["adapt", "forget", "export"])
+def test_a_full_disk_ends_a_command_in_one_line(
+    command: str, run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors has an error of its own for it."""
+    run_dir = run.folder / "run"
+    shutil.copytree(trained / "tiny", run_dir)
+
+    def save_file(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    for module in (add_users, checkpoint_rows, export):
+        monkeypatch.setattr(module, "save_file", save_file)
+    arguments = {
+        "adapt": (run_dir, "--user", "eve", "--out", run.folder / "out"),
+        "forget": (run_dir, "--user", "ann"),
+        "export": (run_dir, "--format", "peft", "--out", run.folder / "out"),
+    }[command]
+    if command == "adapt":
+        arguments += ("--feedback", write_jsonl(run.folder / "f.jsonl", [
+            {"prompt": "p", "chosen": "yes", "rejected": "no"}
+        ]))
+    before = snapshot(run_dir / "checkpoints" / "step-00000002")
+    [line] = run.refused(command, *arguments)
+    assert "No space left on device" in line and "make room" in line
+    assert snapshot(run_dir / "checkpoints" / "step-00000002") == before
+    assert {path.name for path in run.folder.iterdir()} <= {"run", "f.jsonl"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +17,10 @@ from prlhf.errors import DataError
 from prlhf.evaluation.samples import GENERIC
 from prlhf.files import (
     MANIFEST,
+    check_can_appear,
     link_or_copy,
     publish_directory,
+    read_json,
     remove_directories,
     seal_directory,
     write_json_atomic,
@@ -32,24 +34,36 @@ from prlhf.usermodel.store import UserStore
 NOT_TAKEN = ("optimizer.safetensors", "rng-")  # of a training run, which new users are no part of
 
 
-def check_new(checkpoint: Path, model: PersonalizedModel, user_ids: list[str], out: Path) -> None:
-    """Refuse, before any work, users whom the checkpoint knows or its store forgot, and a directory that is there.
+def check_new(checkpoint: Path, user_ids: Sequence[str], out: Path) -> None:
+    """Refuse, before any work, users whom the checkpoint knows or its store forgot, ids that are none, and a directory
+    that is there or cannot be.
 
-    Raises: DataError: each of them.
+    Raises: DataError: each of them. RunDirError: no directory can be there.
     """
-    assert model.users is not None
+    check_can_appear(out)
+    known = set(read_json(checkpoint / USER_IDS)["user_ids"])
     wrong = [f"user {quote(user)}: the checkpoint knows them already; choose another id"
-             for user in user_ids if user in model.users]
+             for user in user_ids if user in known]
+    wrong += [f"user {quote(user)}: no text that UTF-8 can write; choose another id"
+              for user in user_ids if not user or not _is_utf8(user)]
     if (checkpoint / STORE).is_dir():
         with UserStore.open(checkpoint / STORE) as store:
             wrong += [f"user {quote(user)}: was forgotten, and the checkpoint takes the id no more; choose another id"
-                      for user in user_ids if store.is_forgotten(user)]
+                      for user in user_ids if _is_utf8(user) and store.is_forgotten(user)]
     if GENERIC in user_ids:
         wrong.append(f"user {quote(GENERIC)}: names the generic user in every command; choose another id")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         wrong.append(f"{out}: exists; --out names a new directory")
     if wrong:
         raise DataError(*wrong)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_with_users(
@@ -68,6 +82,7 @@ def write_with_users(
         facts: of an encoder's new users, who have no rows.
     """
     assert model.users is not None
+    out = out.resolve()
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)

@@ -45,13 +45,13 @@ def read_feedback(path: Path, user_id: str | None) -> dict[str, list[JudgedRow]]
 
 
 def _row(record: dict[str, Any], where: str) -> JudgedRow:
-    if is_labelled(record):
-        return labelled_row(record, where)
-    if "edited" in record:
-        if record["edited"] == record.get("response"):
+    if "edited" in record:  # whatever thumb comes with it
+        if "response" not in record:
+            raise DataError(f"{where}: edited, and no response that was edited; add it to the row")
+        if record["edited"] == record["response"]:
             raise DataError(f"{where}: the edited response is the response; remove the row")
-        record = {**record, "chosen": record["edited"], "rejected": record.get("response")}
-    return preference_row(record, where)
+        return preference_row({**record, "chosen": record["edited"], "rejected": record["response"]}, where)
+    return labelled_row(record, where) if is_labelled(record) else preference_row(record, where)
 
 
 def feedback_pairs(rows: Sequence[JudgedRow]) -> list[PreferenceRow]:

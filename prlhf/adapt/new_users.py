@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from prlhf.adapt.feedback import feedback_pairs, make_judgments, read_feedback
 from prlhf.adapt.fit import FittedUser, fit_judgments
 from prlhf.config import Config, load_config
 from prlhf.config_checks import REFERENCE_FREE_KINDS
+from prlhf.data.clean import unusable_reason
 from prlhf.data.context import UserFacts
 from prlhf.data.jsonl import read_jsonl
 from prlhf.data.quoting import quote
@@ -40,6 +42,8 @@ def add_new_users(args: argparse.Namespace) -> int:
     strangers = [user for user in held_out if user not in feedback]
     if strangers:
         raise DataError(*(f"{args.held_out}: user {quote(user)} is not a new user of --feedback" for user in strangers))
+    if args.out is not None:
+        check_new(directory, list(feedback), args.out)
     model = load_model(directory, device=str(pick_device(config.train.device)))
     _check_model(model, directory, args)
     pool = {} if args.pool is None else _read_pool(args.pool)
@@ -48,9 +52,12 @@ def add_new_users(args: argparse.Namespace) -> int:
             sys.stdout.write(json.dumps(question, ensure_ascii=False) + "\n")
     if args.out is None:
         return 0
-    check_new(directory, model, list(feedback), args.out)
     if model.contexts is not None:
-        write_with_users(directory, args.out, model, {}, _facts(model, feedback))
+        facts = _facts(model, feedback)
+        write_with_users(directory, args.out, model, {}, facts)
+        for user, own in facts.items():
+            read = {"text": own.text} if model.contexts.kind == "text" else {"pairs": len(own.pairs)}
+            sys.stdout.write(json.dumps({"user_id": user, **read}) + "\n")
         return 0
     fitted = _fit(model, config, feedback, held_out, pool, args)
     write_with_users(directory, args.out, model, {user: one.state for user, one in fitted.items()}, {})
@@ -82,8 +89,11 @@ def _check_model(model: PersonalizedModel, directory: Path, args: argparse.Names
             _ = model.user_encoder.table
         except ValueError as error:
             raise ConfigError(f"{directory}: {error}") from None
-    elif args.pool is not None:
-        raise ConfigError(f"--pool: {directory} reads its users ({model.contexts.kind}) and fits nothing; leave it out")
+        return
+    useless = [name for name, path in (("--pool", args.pool), ("--held-out", args.held_out)) if path is not None]
+    if useless:
+        reads = f"{directory} reads its users ({model.contexts.kind}) and fits nothing; leave it out"
+        raise ConfigError(*(f"{name}: {reads}" for name in useless))
 
 
 def _read_pool(path: Path) -> dict[Any, tuple[dict[str, Any], PreferenceRow]]:
@@ -104,7 +114,7 @@ def _questions(
 ) -> list[dict[str, Any]]:
     if len(feedback) > 1:
         raise ConfigError(f"--ask: {args.feedback} has {len(feedback)} users; questions are for one")
-    answered = {pair_content(row) for own in feedback.values() for row in own}
+    answered = {pair_content(pair) for own in feedback.values() for pair in feedback_pairs(own)}
     questions = [question for content, question in pool.items() if content not in answered]
     if not questions:
         raise DataError(f"{args.pool}: holds no pair that the user has not judged; give others")
@@ -151,13 +161,24 @@ def likelihood(config: Config) -> dict[str, Any]:
 def _facts(model: PersonalizedModel, feedback: Mapping[str, Sequence[JudgedRow]]) -> dict[str, UserFacts]:
     """What an encoder reads about the new users: their last text, or as many of their pairs as it takes."""
     assert model.contexts is not None
-    kept = {}
+    kept, wrong = {}, []
     for user, rows in feedback.items():
         text = next((row.user_text for row in reversed(rows) if row.user_text), "")
-        pairs = feedback_pairs(rows)[: model.contexts.max_pairs]
+        pairs = feedback_pairs(rows)
+        unusable = Counter(reason for pair in pairs if (reason := unusable_reason(pair)))
         if model.contexts.kind == "text" and not text:
-            raise DataError(f"user {quote(user)}: no row has a user_text, which is what this model reads; add one")
-        kept[user] = UserFacts(text=text) if model.contexts.kind == "text" else UserFacts(pairs=tuple(pairs))
+            wrong.append(f"user {quote(user)}: no row has a user_text, which is what this model reads; add one")
+        elif model.contexts.kind == "history" and unusable:
+            wrong.append(f"user {quote(user)}: rows that cannot be used ({dict(unusable)}); mend or remove them")
+        elif model.contexts.kind == "history" and rows and not pairs:
+            wrong.append(f"user {quote(user)}: no pair, and this model reads pairs; add one, or a thumb for another "
+                         "response to the same prompt")
+        kept[user] = (
+            UserFacts(text=text) if model.contexts.kind == "text"
+            else UserFacts(pairs=tuple(pairs[: model.contexts.max_pairs]))
+        )
+    if wrong:
+        raise DataError(*wrong)
     return kept
 
 

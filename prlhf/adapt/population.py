@@ -91,14 +91,30 @@ class Population:
 def make_population(user_model: UserModel, *, rest_share: float = REST_SHARE) -> Population:
     """The population of a trained user model; of many users the Gaussian knows all, the known states a few.
 
+    Users with one and the same state count once, and those with the generic one not at all: who was found to be like a
+    known user has that user's row.
+
     Raises: ValueError: a model without rows of users.
     """
     generic = user_model.generic_state.detach().flatten().double().cpu()
     rows = user_model.table.detach()[len(user_model.table) - user_model.num_users :].flatten(1).double().cpu()
+    places = _distinct(rows, generic)
+    rows = rows[places]
     picked = _spread(rows, MAX_KNOWN)
     states = torch.cat([generic[None], rows[picked]])
-    ids = (GENERIC_USER_ID, *(i + 1 for i in picked))
+    ids = (GENERIC_USER_ID, *(places[i] + 1 for i in picked))
     return Population(states, ids, make_prior(rows, generic, rest_share=rest_share), len(states))
+
+
+def _distinct(rows: Tensor, generic: Tensor) -> list[int]:
+    """The first row of each state that is not the generic one's."""
+    seen = {generic.numpy().tobytes()}
+    places = []
+    for place, row in enumerate(rows.numpy()):
+        if (state := row.tobytes()) not in seen:
+            seen.add(state)
+            places.append(place)
+    return places
 
 
 def _spread(rows: Tensor, most: int) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from prlhf.data.clean import pair_id_conflicts
 from prlhf.data.jsonl import OnBadRow, read_rows
+from prlhf.data.labelled import preferences_from_labelled
 from prlhf.data.prepared import SPLITS, all_labelled, clean_and_warn, load_prepared, read_judgments
 from prlhf.data.records import LabelledData, PreferenceData, PreferenceRow, ResponseRow, preference_row, response_row
 from prlhf.data.splits import Data, Split, split_labelled, split_preferences, split_responses
@@ -68,6 +69,28 @@ def load_judged_data(
     path = _existing(source, BUILTIN_PREFERENCES)
     if path.is_dir():
         return load_prepared(path, on_bad_row=on_bad_row)
+    rows, labelled = _read_file(path, on_bad_row)
+    shares: dict[str, Any] = {"seed": seed, "eval_prompts": eval_prompts, "unseen_users": unseen_users}
+    if labelled:
+        return _log_split(split_labelled(rows, source=str(path), **shares), seed)
+    return _split(rows, str(path), **shares)
+
+
+def load_evaluation_file(path: Path) -> PreferenceData:
+    """All rows of a .jsonl file as evaluation rows, their users as seen ones; of unpaired rows the pairs in them.
+
+    Raises: DataError: no such file, or bad data; file and line are named.
+    """
+    rows, labelled = _read_file(_existing(str(path), ()), "error")
+    users = tuple(dict.fromkeys(row.user_id for row in rows))
+    options: dict[str, Any] = {
+        "train": [], "dev": [], "eval_seen": rows, "eval_unseen": [], "source": str(path), "declared_users": users
+    }
+    return preferences_from_labelled(LabelledData(**options)) if labelled else PreferenceData(**options)
+
+
+def _read_file(path: Path, on_bad_row: OnBadRow) -> tuple[list[Any], bool]:
+    """Usable rows of a .jsonl file, and whether they are unpaired ones."""
     located = read_judgments(path, on_bad_row)
     labelled = all_labelled(located, path)
     conflicts = pair_id_conflicts((where, row) for where, row in located if isinstance(row, PreferenceRow))
@@ -75,11 +98,8 @@ def load_judged_data(
         raise DataError(*conflicts)
     rows = clean_and_warn(path, located)
     if not rows:
-        raise DataError(f"{path}: no usable rows; training needs at least one")
-    shares: dict[str, Any] = {"seed": seed, "eval_prompts": eval_prompts, "unseen_users": unseen_users}
-    if labelled:
-        return _log_split(split_labelled(rows, source=str(path), **shares), seed)
-    return _split(rows, str(path), **shares)
+        raise DataError(f"{path}: no usable rows; at least one is needed")
+    return rows, labelled
 
 
 def load_response_rows(

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 SHOWN_CHARACTERS = 80
 MATCHABLE_CHARACTERS = 200
+MATCHABLE_NAMES = 10_000  # a third of a second; of many names one more is alike by chance
 
 
 def quote(value: object) -> str:
@@ -22,5 +23,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if len(name) > MATCHABLE_CHARACTERS:
         return ""
     candidates = [other for other in known if len(other) <= MATCHABLE_CHARACTERS]
+    if len(candidates) > MATCHABLE_NAMES:
+        return ""
     matches = difflib.get_close_matches(name, candidates, n=1)
     return f"; did you mean {quote(matches[0])}?" if matches else ""

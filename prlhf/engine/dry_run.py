@@ -12,7 +12,7 @@ import numpy as np
 from prlhf.config import Config, dump_config
 from prlhf.distributed import world_size
 from prlhf.engine.build import Job, build_job
-from prlhf.engine.final import peak_memory_bytes
+from prlhf.engine.memory import peak_memory_bytes
 from prlhf.engine.reference import LiveReference, no_reference
 from prlhf.engine.step import Batch, accumulate_gradients_
 from prlhf.engine.trainer import batches_of_step

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prlhf.config import Config, config_from_dict, config_to_dict, load_config
+from prlhf.data.load import load_evaluation_file
 from prlhf.data.records import Message, PreferenceData
 from prlhf.engine.build import evaluation_contexts, load_job_data, load_job_neutral, make_autocast, pick_device
 from prlhf.engine.checkpoint import CONFIG
@@ -19,6 +19,7 @@ from prlhf.errors import ConfigError, DataError
 from prlhf.evaluation.judges import RuleJudge
 from prlhf.evaluation.report import format_comparison, format_tax_comparison, load_final, make_table
 from prlhf.evaluation.samples import Sample, win_rates
+from prlhf.files import read_json_lines
 from prlhf.models.assemble import load_model, resolve_checkpoint
 from prlhf.models.backbone import pad_token_id
 
@@ -39,6 +40,8 @@ EVAL_OVERRIDES = (
 def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     """Figures as in `eval/final.json` of a checkpoint, on its own data or on `source`.
 
+    A single .jsonl file other than the run's own is evaluated as a whole; of other sources the evaluation rows are.
+
     Raises: ConfigError: an override of anything but the evaluation. DataError: no such data.
     """
     directory = resolve_checkpoint(checkpoint)
@@ -47,7 +50,7 @@ def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequ
         raise ConfigError(
             *(f"{key}: cannot change in an evaluation; expected one of {', '.join(EVAL_OVERRIDES)}" for key in wrong)
         )
-    config = load_config(directory / CONFIG, overrides)
+    config = own = load_config(directory / CONFIG, overrides)
     if source is not None:
         config = config_from_dict(
             {**config_to_dict(config), "data": {**config_to_dict(config)["data"], "source": source}}, "--data"
@@ -58,9 +61,9 @@ def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequ
         )
     device = pick_device(config.train.device)
     model = load_model(directory, device=str(device), packing=config.train.packing)
-    data = _known_rows(
-        load_preferences(config), model.users.user_ids if model.user_encoder and model.users else None
-    )
+    is_file = Path(config.data.source).is_file() and config.data.source != own.data.source
+    data = _whole_file(Path(config.data.source), own) if is_file else load_preferences(config)
+    data = _known_rows(data, model.users.user_ids if model.user_encoder and model.users else None)
     evaluator = Evaluator(
         config,
         model,
@@ -78,6 +81,16 @@ def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequ
         "data": {"source": config.data.source, "seed": config.data.seed},
         **figures,
     }
+
+
+def _whole_file(path: Path, own: Config) -> PreferenceData:
+    """Every row of a file for evaluation, beside the training rows of the run, if they are still there."""
+    data = load_evaluation_file(path)
+    try:
+        return dataclasses.replace(data, train=load_preferences(own).train)
+    except DataError as error:
+        logger.warning("the run's own training rows cannot be read (%s): what is shared with them is not known", error)
+        return data
 
 
 def load_preferences(config: Config) -> PreferenceData:
@@ -157,8 +170,7 @@ def _format_win_rates(folders: dict[str, Path], finals: dict[str, dict[str, Any]
 def _load_samples(run_dir: Path) -> list[Sample]:
     path = run_dir / "samples" / "policy.jsonl"
     samples = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read_json_lines(path):
         prompt = record["prompt"]
         if not isinstance(prompt, str):
             record["prompt"] = tuple(Message(**turn) for turn in prompt)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import resource
-import sys
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from prlhf.config import Config
 from prlhf.config_checks import REFERENCE_FREE_KINDS
@@ -19,9 +18,10 @@ from prlhf.data.context import UserContexts
 from prlhf.data.load import BUILTIN_TEXT
 from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow, UserIndex
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
-from prlhf.distributed import all_reduce_sum, barrier, is_main, rank, world_size
+from prlhf.distributed import barrier, counts_of_ranks, is_main
 from prlhf.engine.build import Autocast, Job, evaluation_contexts, restore_reference_, tokenize_limits
 from prlhf.engine.checkpoint import Progress
+from prlhf.engine.memory import peak_device_bytes, peak_memory_bytes
 from prlhf.engine.step import Model
 from prlhf.evaluation.accuracy import PairMargins, has_length_gap, score_pairs, summarize_accuracy, user_accuracies
 from prlhf.evaluation.baselines import few_shot_baseline, format_only_accuracy, prompted_baseline
@@ -43,6 +43,8 @@ from prlhf.files import write_json_atomic, write_text_atomic
 from prlhf.generation import SamplingOptions
 from prlhf.models.backbone import position_limit
 from prlhf.models.policy import PersonalizedPolicy
+
+logger = logging.getLogger(__name__)
 
 OnBatch = Callable[[], None]
 FEW_SHOT_TOKENS = 512  # a prompt with labelled pairs may be longer than the training rows, where positions allow
@@ -83,6 +85,20 @@ class Evaluator:
             "on_batch": on_batch,
         }
 
+    def usable(self, data: PreferenceData) -> tuple[PreferenceData, dict[str, dict[str, int]]]:
+        """The data with the evaluation rows that can be scored, and of the others split -> reason -> number."""
+        kept: dict[str, Any] = {}
+        dropped: dict[str, dict[str, int]] = {}
+        for name in ("eval_seen", "eval_unseen"):
+            rows = getattr(data, name)
+            tokenized = tokenize_pairs(rows, self.model.tokenizer, None, **tokenize_limits(self.config, self.model))
+            kept[name] = [rows[row.row] for row in tokenized.rows]
+            if tokenized.dropped:
+                dropped[name] = tokenized.dropped
+                logger.warning("%s: %d of %d rows cannot be scored and are left out: %s", name,
+                               len(rows) - len(kept[name]), len(rows), tokenized.dropped)
+        return dataclasses.replace(data, **kept), dropped
+
     def accuracy(self, seen: Sequence[PreferenceRow], unseen: Sequence[PreferenceRow]) -> dict[str, Any]:
         """Accuracy blocks, per-user figures and slices."""
         seen_margins, unseen_margins = self._margins(seen), self._margins(unseen, known_users=False)
@@ -103,7 +119,7 @@ class Evaluator:
     def _blocks(self, seen: PairMargins, unseen: PairMargins) -> dict[str, Any]:
         seed = self.config.seed
         individual, generic = user_accuracies(seen.individual, seen.rows), user_accuracies(seen.generic, seen.rows)
-        counts = {user: sum(row.user_id == user for row in seen.rows) for user in individual}
+        counts = Counter(row.user_id for row in seen.rows)
         # An encoder reads users it never saw; a table has nothing for them but the generic one.
         unseen_own = unseen.generic if self.contexts is None else unseen.individual
         return {
@@ -163,7 +179,9 @@ class Evaluator:
     def leaks(self, data: PreferenceData) -> dict[str, Any]:
         """What evaluation shares with training, and accuracy with the users drawn anew, for a model with users."""
         parts = {"eval_seen": data.eval_seen, "eval_unseen": data.eval_unseen}
-        overlap = {name: {"rows": len(rows), **count_overlap(data.train, rows)} for name, rows in parts.items()}
+        overlap: dict[str, dict[str, int]] = {name: {"rows": len(rows)} for name, rows in parts.items()}
+        if data.train:
+            overlap = {name: {**own, **count_overlap(data.train, parts[name])} for name, own in overlap.items()}
         if self.model.user_encoder is None or self.contexts is not None:  # to an encoder, ids say nothing
             return {"overlap": overlap, "shuffled_users": None}
         tokenized = self._tokenize_pairs(data.eval_seen, self.model.users)
@@ -287,7 +305,8 @@ def evaluate_preferences(
     Args:
         neutral: texts that no user judged.
     """
-    figures = evaluator.accuracy(data.eval_seen, data.eval_unseen)
+    data, dropped = evaluator.usable(data)
+    figures = {**evaluator.accuracy(data.eval_seen, data.eval_unseen), "dropped": dropped}
     figures["baselines"], figures["leaks"] = evaluator.baselines(data), evaluator.leaks(data)
     figures.update({"tax": evaluator.tax(neutral), "ceiling": data.ceiling})
     figures.update({"win_rate": None, "on_side": None, "text": None, "words": None})
@@ -331,9 +350,9 @@ def evaluate_run(job: Job, progress: Progress, run_dir: Path, *, setup_s: float,
         **figures,
         "throughput": {
             "rows_per_s": progress.rows_seen / seconds,
-            "tokens_per_s": sum(_of_all_ranks(progress.tokens_seen)) / seconds,
-            "peak_memory_bytes": max(_of_all_ranks(peak_memory_bytes())),
-            "peak_device_bytes": max(_of_all_ranks(_peak_device_bytes(job.model.device))),
+            "tokens_per_s": sum(counts_of_ranks(progress.tokens_seen)) / seconds,
+            "peak_memory_bytes": max(counts_of_ranks(peak_memory_bytes())),
+            "peak_device_bytes": max(counts_of_ranks(peak_device_bytes(job.model.device))),
         },
         "skipped_steps": progress.skipped_steps,
         "seconds": progress.train_seconds,
@@ -377,19 +396,3 @@ def write_final(run_dir: Path, final: dict[str, Any], samples: dict[str, list[Sa
         text = "".join(json.dumps(sample.record(), ensure_ascii=False) + "\n" for sample in group)
         write_text_atomic(run_dir / "samples" / f"{name}.jsonl", text)
     write_json_atomic(run_dir / "eval" / "final.json", final)
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _of_all_ranks(count: int) -> list[int]:
-    counts = torch.zeros(world_size(), dtype=torch.int64)
-    counts[rank()] = count
-    return all_reduce_sum(counts).tolist()
-
-
-def _peak_device_bytes(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_BAD_INPUT = 2
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BAD_PATH = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,11 +128,13 @@ def report_errors(run: object, args: argparse.Namespace) -> int:
         _say(str(error))
         return error.exit_code
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in FULL_DISK + BAD_PATH:
             raise
         path = Path(error.filename or getattr(args, "runs", "."))
-        free = shutil.disk_usage(path if path.exists() else Path.cwd()).free
-        _say(f"error: {path}: {error.strerror}; {free / 2**20:.0f} MiB free; make room, or write to another folder")
+        free = shutil.disk_usage(path if os.path.exists(path) else Path.cwd()).free
+        remedy = "choose another path" if error.errno in BAD_PATH else (
+            f"{free / 2**20:.0f} MiB free; make room, or write to another folder")
+        _say(f"error: {path}: {error.strerror}; {remedy}")
         return EXIT_BAD_INPUT
 
 

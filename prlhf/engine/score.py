@@ -13,11 +13,10 @@ from prlhf.data.tokenize import tokenize_responses
 from prlhf.engine.build import make_autocast, pick_device, tokenize_limits
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.errors import DataError
-from prlhf.evaluation.samples import GENERIC, user_contexts, user_indices
+from prlhf.evaluation.samples import known_users, user_contexts, user_indices
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.models.assemble import load_reward_model, resolve_checkpoint
 from prlhf.models.backbone import pad_token_id
-from prlhf.models.reward import PersonalizedRewardModel
 
 RESPONSE_KEYS = ("response", "chosen", "rejected")
 
@@ -36,14 +35,21 @@ def score_file(checkpoint: Path, path: Path, users: Sequence[str] | None) -> lis
     config = load_config(directory / CONFIG)
     device = pick_device(config.train.device)
     model = load_reward_model(directory, device=str(device))
-    users = _known(model) if users is None else users
+    users = known_users(model, users)
     indices = user_indices(model, users)
     lines = _read_lines(path)
     responses = [row for _, _, rows in lines for row in rows.values()]
     tokenized = tokenize_responses(responses, model.tokenizer, **tokenize_limits(config, model))
-    if tokenized.dropped:
-        count = sum(tokenized.dropped.values())
-        raise DataError(f"{path}: {count} responses cannot be scored ({tokenized.dropped}); mend or remove their lines")
+    whole = {row.row for row in tokenized.rows if row.response_ids[-1] == model.tokenizer.eos_token_id}
+    places = [(number, key) for number, _, rows in lines for key in rows]
+    wrong = [
+        f"{path}:{number}: {key} is empty, or with its prompt longer than data.max_tokens {config.data.max_tokens}; "
+        "shorten or remove it"
+        for place, (number, key) in enumerate(places)
+        if place not in whole
+    ]
+    if wrong:
+        raise DataError(*wrong)
     sequences = [TokenSequence(row.prompt_ids, row.response_ids) for row in tokenized.rows]
     prompts = [row.prompt for row in responses]
     of_line = [[other.response for other in rows.values()] for _, _, rows in lines for _ in rows]
@@ -66,10 +72,6 @@ def score_file(checkpoint: Path, path: Path, users: Sequence[str] | None) -> lis
             records.append({"line": number, **given, "user_id": user, **own})
         first += len(rows)
     return records
-
-
-def _known(model: PersonalizedRewardModel) -> list[str]:
-    return list(model.users.user_ids) if model.users is not None and len(model.users) else [GENERIC]
 
 
 def _read_lines(path: Path) -> list[tuple[int, dict[str, str], dict[str, ResponseRow]]]:

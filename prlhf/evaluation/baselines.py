@@ -184,7 +184,8 @@ def format_only_accuracy(train: Sequence[PreferenceRow], rows: Sequence[Preferen
     if not train or not rows:
         return None
     features = np.array([_format(row.chosen) - _format(row.rejected) for row in train])
-    scale = np.maximum(features.std(axis=0), 1e-9)
+    # About zero, where the rule has no threshold: a difference that all rows share tells as much as any.
+    scale = np.maximum(np.sqrt((features**2).mean(axis=0)), 1e-9)
     members: dict[str, list[int]] = {}
     for i, row in enumerate(train):
         members.setdefault(row.user_id, []).append(i)

@@ -189,7 +189,7 @@ def _words(runs: Sequence[RunFiles]) -> str:
     sampled = [run for run in runs if run.samples.get("policy")]
     if not sampled:
         return ""
-    series = [words_by_user(run.samples["policy"], run.name) for run in sampled]
+    series = [words_by_user([*run.samples["policy"], *run.samples.get("generic", [])], run.name) for run in sampled]
     references = [run.samples["reference"] for run in sampled if run.samples.get("reference")]
     if references:
         series.append(words_by_user(references[0], "the reference"))

@@ -17,6 +17,7 @@ from prlhf.models.personalized import PersonalizedModel
 
 NUM_DRAWS = 20
 MAX_SCORED_ROWS = 1200  # times a user each: about so many are scored, the others left out
+MAX_USERS = 1000  # whose agreement with each other is looked at: a table of them all grows with its square
 CLEAR_TASTE = 0.9  # share of a user's training pairs won by one side of length, from which it is a taste,
 MIN_TASTE_ROWS = 20  # and how many pairs it takes
 
@@ -68,13 +69,17 @@ def _draw_pairs(
     return kept
 
 
-def expected_when_shuffled(train: Sequence[PreferenceRow], rows: Sequence[PreferenceRow]) -> dict[str, float] | None:
+def expected_when_shuffled(
+    train: Sequence[PreferenceRow], rows: Sequence[PreferenceRow], *, seed: int = 0
+) -> dict[str, float] | None:
     """What a model that serves every user perfectly scores with shuffled users, from the labels.
 
     The sum over users u, v of their shares times how often v agrees with u: 1 for u = v; measured on the pairs that
     both judged; else, where both clearly prefer longer or shorter responses in training, by those tastes; else one
     half. For two opposed tastes of share p it is p^2 + (1 - p)^2.
 
+    Args:
+        seed: of the MAX_USERS users whose agreement with each other stands for all of more users.
     Returns: {"mean", "known": the share of the sum that is not such a one half}; None without rows.
     """
     counts = Counter(row.user_id for row in rows)
@@ -82,33 +87,42 @@ def expected_when_shuffled(train: Sequence[PreferenceRow], rows: Sequence[Prefer
         return None
     users = list(counts)
     shares = np.array([counts[user] for user in users]) / len(rows)
+    with_oneself = float((shares**2).sum())
+    if len(users) > MAX_USERS:
+        drawn = np.random.default_rng(seed).permutation(len(users))[:MAX_USERS]
+        users, shares = [users[i] for i in drawn], shares[drawn]
     agreement = _agreement(users, [*train, *rows], train)
     known = ~np.isnan(agreement)
     weights = np.outer(shares, shares)
-    mean = float((weights * np.where(known, agreement, 0.5)).sum())
-    return {"mean": mean, "known": float(weights[known].sum())}
+    np.fill_diagonal(weights, 0)
+    weights *= (1 - with_oneself) / max(float(weights.sum()), 1e-300)
+    mean = with_oneself + float((weights * np.where(known, agreement, 0.5)).sum())
+    return {"mean": mean, "known": with_oneself + float(weights[known].sum())}
 
 
 def _agreement(
     users: Sequence[str], rows: Sequence[PreferenceRow], train: Sequence[PreferenceRow]
 ) -> NDArray[np.float64]:
-    """(U, U) how often two users agree; NaN where nothing tells."""
+    """(U, U) how often two users agree; NaN where nothing tells, and whatever on the diagonal."""
     place = {user: i for i, user in enumerate(users)}
-    verdicts: dict[object, list[tuple[int, str]]] = {}
+    verdicts: dict[object, dict[int, list[str]]] = {}
     for row in rows:
         if row.user_id in place:
-            verdicts.setdefault(pair_content(row), []).append((place[row.user_id], row.chosen))
+            verdicts.setdefault(pair_content(row), {}).setdefault(place[row.user_id], []).append(row.chosen)
     agree, both = np.zeros((len(users), len(users))), np.zeros((len(users), len(users)))
     for judged in verdicts.values():
-        for u, chosen in judged:
-            for v, other in judged:
-                both[u, v] += 1
-                agree[u, v] += chosen == other
+        if len(judged) > 1:
+            who = np.array(list(judged))
+            one = next(iter(judged.values()))[0]
+            # Of u's and v's judgments of a pair, how many there are and by how many more one response was chosen.
+            number = np.array([len(own) for own in judged.values()])
+            lead = np.array([2 * own.count(one) - len(own) for own in judged.values()])
+            pairs = np.ix_(who, who)
+            both[pairs] += np.outer(number, number)
+            agree[pairs] += (np.outer(number, number) + np.outer(lead, lead)) / 2
     longer = _longer_shares(users, train)
     by_length = np.outer(longer, longer) + np.outer(1 - longer, 1 - longer)
-    agreement = np.where(both > 0, agree / np.maximum(both, 1), by_length)
-    np.fill_diagonal(agreement, 1.0)
-    return agreement
+    return np.where(both > 0, agree / np.maximum(both, 1), by_length)
 
 
 def _longer_shares(users: Sequence[str], train: Sequence[PreferenceRow]) -> NDArray[np.float64]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prlhf.errors import DataError
+from prlhf.errors import DataError, printable
+from prlhf.files import read_json_lines
 
 COLUMN_WIDTH = 38
 NUM_SIDE_BY_SIDE = 3
@@ -18,7 +19,7 @@ ENCODER_KINDS = ("text", "history")  # user models that read users, also those n
 
 def make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, padded so that it also reads well in a terminal; numbers to the right."""
-    cells = [list(header), *[list(row) for row in rows]]
+    cells = [[_cell(text) for text in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
     for row in cells:
@@ -30,6 +31,11 @@ def make_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines.insert(1, "| " + " | ".join(rule) + " |")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Text of one line that neither ends a cell nor moves a terminal's cursor: ids may hold anything."""
+    return printable(text).replace("|", "\\|")
 
 
 def format_run(final: Mapping[str, Any], run_dir: Path) -> str:
@@ -67,7 +73,7 @@ def format_figures(final: Mapping[str, Any]) -> str:
 def _headline(final: Mapping[str, Any]) -> str:
     rows = _block_rows(final["accuracy"], "", final.get("user_model"))
     if not rows:
-        return "no evaluation rows"
+        return "no evaluation rows (of thumbs, those of one user on two responses to one prompt are)"
     apart = (final.get("slices") or {}).get("length_gap_20", {})
     rows += _block_rows(apart, ", lengths 20% apart", final.get("user_model"))
     rows += _baseline_rows(final)
@@ -197,8 +203,7 @@ def _tax_line(final: Mapping[str, Any]) -> str:
 def _side_by_side(path: Path) -> str:
     """The first prompts, answered for every user."""
     answers: dict[str, dict[str, str]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        sample = json.loads(line)
+    for sample in read_json_lines(path):
         prompt = sample["prompt"] if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"]
         answers.setdefault(prompt, {})[sample["user_id"]] = sample["response"]
     return "\n\n".join(format_answers(prompt, by_user) for prompt, by_user in list(answers.items())[:NUM_SIDE_BY_SIDE])
@@ -206,11 +211,11 @@ def _side_by_side(path: Path) -> str:
 
 def format_answers(prompt: str, by_user: Mapping[str, str]) -> str:
     """One prompt and each user's answer below it, in columns, three users a row."""
-    blocks = [f"> {prompt}"]
-    users = list(by_user)[:12]
-    for start in range(0, len(users), 3):
-        group = users[start : start + 3]
-        columns = [[user, "-" * len(user), *textwrap.wrap(by_user[user], COLUMN_WIDTH)] for user in group]
+    blocks = [f"> {printable(prompt)}"]
+    answers = [(printable(user), printable(answer)) for user, answer in list(by_user.items())[:12]]
+    for start in range(0, len(answers), 3):
+        group = answers[start : start + 3]
+        columns = [[user, "-" * len(user), *textwrap.wrap(answer, COLUMN_WIDTH)] for user, answer in group]
         height = max(len(column) for column in columns)
         lines = [
             "  ".join((column[i] if i < len(column) else "").ljust(COLUMN_WIDTH) for column in columns).rstrip()
@@ -252,7 +257,7 @@ def format_comparison(finals: Mapping[str, Mapping[str, Any]]) -> str:
         "NLL/token",
         *shown,
     ]
-    rows = _reference_row(finals, shown)
+    rows = _reference_rows(finals, shown)
     for name, final in finals.items():
         accuracy, text = final["accuracy"], final.get("text")
         unseen = accuracy["unseen"]
@@ -273,7 +278,23 @@ def format_comparison(finals: Mapping[str, Mapping[str, Any]]) -> str:
     ceiling, *others = {final.get("ceiling") for final in finals.values()}
     if ceiling is not None and not others:
         rows.append([CEILING, "-", _share(ceiling), *["-"] * (len(header) - 3)])
-    return make_table(header, rows)
+    table = make_table(header, rows)
+    sources = _sources(finals)
+    if len(sources) > 1:
+        table = f"Only runs on the same data compare; these are on {', '.join(map(printable, sources))}.\n\n{table}"
+    return table
+
+
+def _sources(finals: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """What data the runs were evaluated on, and one of the runs, of those with a reference if there are any."""
+    sources: dict[str, Mapping[str, Any]] = {}
+    for final in sorted(finals.values(), key=lambda final: not final["accuracy"].get("reference_logps")):
+        sources.setdefault(_source(final), final)
+    return sources
+
+
+def _source(final: Mapping[str, Any]) -> str:
+    return f"{final['data']['source']} (seed {final['data']['seed']})"
 
 
 def format_tax_comparison(finals: Mapping[str, Mapping[str, Any]]) -> str:
@@ -281,9 +302,12 @@ def format_tax_comparison(finals: Mapping[str, Mapping[str, Any]]) -> str:
     taxed = {name: final for name, final in finals.items() if final.get("tax")}
     if not taxed:
         return ""
-    vanilla = [final["accuracy"]["seen"]["mean"] for final in finals.values() if final["user_model"] == "none"]
     rows = []
     for name, final in taxed.items():
+        vanilla = [
+            other["accuracy"]["seen"]["mean"] for other in finals.values()
+            if other["user_model"] == "none" and _source(other) == _source(final)
+        ]
         nll = final["tax"]["nll_per_token"]
         rows.append(
             [
@@ -299,14 +323,15 @@ def format_tax_comparison(finals: Mapping[str, Mapping[str, Any]]) -> str:
     return make_table(header, rows)
 
 
-def _reference_row(finals: Mapping[str, Mapping[str, Any]], shown: Sequence[str]) -> list[list[str]]:
-    for final in finals.values():
-        block = final["accuracy"].get("reference_logps")
+def _reference_rows(finals: Mapping[str, Mapping[str, Any]], shown: Sequence[str]) -> list[list[str]]:
+    """What the untrained reference prefers, of each data that the runs were evaluated on."""
+    sources, rows = _sources(finals), []
+    for source, final in sources.items():
+        block, text = final["accuracy"].get("reference_logps"), final.get("text")
         if block:
-            text = final.get("text")
-            return [
+            rows.append(
                 [
-                    "reference (by log-probs)",
+                    "reference (by log-probs)" + (f", {source}" if len(sources) > 1 else ""),
                     "none",
                     _share(block["mean"]),
                     _interval(block),
@@ -317,8 +342,8 @@ def _reference_row(finals: Mapping[str, Mapping[str, Any]], shown: Sequence[str]
                     _nll(text, "reference"),
                     *["-"] * len(shown),
                 ]
-            ]
-    return []
+            )
+    return rows
 
 
 def _mean_on_side(final: Mapping[str, Any], who: str) -> str:

@@ -22,7 +22,7 @@ class RunFiles:
         metrics: a dict a step.
         evaluations: those during training, by step.
         final: None until the run is finished.
-        samples: "policy" and "reference" -> rows; empty where nothing was sampled.
+        samples: "policy", "reference" and "generic" -> rows; empty where nothing was sampled.
     """
 
     name: str
@@ -50,8 +50,11 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
 
 def final_beside(checkpoint: Path) -> dict[str, Any] | None:
     """The final evaluation of the run that a checkpoint lies in; None where there is none, or of another step."""
+    folder = checkpoint.resolve().parent
+    if folder.name != "checkpoints":
+        return None
     try:
-        final = load_final(checkpoint.resolve().parents[1])
+        final = load_final(folder.parent)
     except DataError:
         return None
     return final if final.get("step") == read_json(checkpoint / STATE)["step"] else None
@@ -66,7 +69,9 @@ def _read_run(folder: Path, name: str) -> RunFiles:
         evaluations=sorted(steps, key=lambda evaluation: evaluation["step"]),
         final=load_final(folder) if (folder / "eval" / "final.json").exists() else None,
         samples={
-            who: rows for who in ("policy", "reference") if (rows := _read_lines(folder / "samples" / f"{who}.jsonl"))
+            who: rows
+            for who in ("policy", "reference", "generic")
+            if (rows := _read_lines(folder / "samples" / f"{who}.jsonl"))
         },
     )
 
@@ -75,9 +80,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a file of ours; none when it is not there. A run that is being written may end in half a line."""
     if not path.exists():
         return []
-    lines = _read(path, str).splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        del lines[-1]
+    lines = _read(path, str).split("\n")[:-1]
     return [_parse(line, json.loads, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 

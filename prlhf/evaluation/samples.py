@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from prlhf.data.context import NO_CONTEXT, Context
-from prlhf.data.records import GENERIC_USER_ID, Prompt, prompt_record
+from prlhf.data.records import GENERIC_USER_ID, Prompt, UserIndex, prompt_record
 from prlhf.data.tokenize import TokenizedResponse
+from prlhf.errors import DataError
 from prlhf.evaluation.judges import RuleJudge, repeated_4gram_share
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.generation import SamplingOptions, generate
@@ -74,6 +75,26 @@ def sample_answers(
             **settings,
         )
     return score([(user, prompt, answer) for (user, prompt), answer in zip(pairs, answers, strict=True)])
+
+
+def known_users(model: PersonalizedModel, asked: Sequence[str] | None) -> list[str]:
+    """Ids to answer, each once: those asked for, else all that the model knows, else "generic".
+
+    Raises: DataError: each id that is neither known nor "generic".
+    """
+    known = model.users if model.user_encoder is not None and model.users is not None else UserIndex(())
+    if asked is None:
+        return list(known.user_ids) or [GENERIC]
+    messages = []
+    for user in asked:
+        if user != GENERIC and user not in known:
+            try:
+                known.index(user)
+            except DataError as error:
+                messages += error.messages
+    if messages:
+        raise DataError(*(f"{message}; give known users, all or {GENERIC}" for message in messages))
+    return list(dict.fromkeys(asked))
 
 
 def user_indices(model: PersonalizedModel, users: Sequence[str]) -> list[int] | None:

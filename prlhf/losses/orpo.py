@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from prlhf.losses.pairwise import PreferenceLoss
 from prlhf.losses.simpo import mean_logps
 
+SURE = 1e-7  # nats a token: nearer to 0 float32 does not tell 1 - p
 
 def orpo_loss(
     chosen_logps: Tensor, rejected_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *, beta: float
@@ -51,5 +52,9 @@ def orpo_term(
 
 
 def _log_odds(logps: Tensor) -> Tensor:
-    """log p - log(1 - p); 1 - p by expm1, since 1 - exp(logp) would be 0 for a sure token in float32."""
+    """log p - log(1 - p); 1 - p by expm1, since 1 - exp(logp) would be 0 for a sure token in float32.
+
+    Float32 log-probs also come out as 0 exactly, where the odds are infinite: such a response gets no gradient.
+    """
+    logps = logps.clamp(max=-SURE)
     return logps - torch.log(-torch.expm1(logps))

@@ -43,10 +43,16 @@ def add_users_arguments(parser: argparse.ArgumentParser) -> None:
 def run_users(args: argparse.Namespace) -> int:
     """List the users, the worst served first; or the nearest ones of one; and draw the map.
 
-    Raises: ConfigError: a map by clusters of a model without any, or matplotlib is missing.
+    Raises: ConfigError: a map by clusters of a model without any, a colour without a map, or matplotlib is missing.
+        RunDirError: a map where no file can be.
     """
     from prlhf.evaluation.users import format_neighbours, format_users, load_users, nearest_users
+    from prlhf.files import check_can_appear
 
+    if args.map is not None:
+        check_can_appear(args.map)
+    elif args.colour is not None:
+        raise ConfigError("--colour: is of the map; give --map FILE.png, too")
     model, users = load_users(args.checkpoint)
     if args.map is not None:
         _draw_map(args, model, users)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +10,16 @@ from typing import Any, cast
 from safetensors.torch import save_file
 
 from prlhf.errors import ConfigError
-from prlhf.files import fsync_path, publish_directory, read_json, write_json_atomic, write_text_atomic
+from prlhf.files import (
+    check_can_appear,
+    fsync_path,
+    publish_directory,
+    read_json,
+    remove_directories,
+    write_json_atomic,
+    write_text_atomic,
+    writing_tensors,
+)
 from prlhf.models import PersonalizedPolicy, load_policy
 from prlhf.models.assemble import STATE, PolicySpec, resolve_checkpoint, spec_from_dict
 from prlhf.models.backbone import BUILTIN_SCRATCH, BUILTIN_TINY, DTYPES, builtin_model_dir, resolve_backbone
@@ -32,6 +42,7 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path) -> None:
         kind: "peft", "merged" or "vllm" (the adapter and how to serve it).
     Raises: ConfigError: the output exists, or there is no adapter to export. CheckpointError: as `load_policy`.
     """
+    check_can_appear(out)
     if out.exists():
         raise ConfigError(f"--out {out}: exists already; choose another folder")
     directory = resolve_checkpoint(checkpoint)
@@ -39,21 +50,24 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path) -> None:
     spec = spec_from_dict(state["policy"])
     _refuse_missing_adapter(directory, spec, kind)
     policy = load_policy(directory)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    _write_users(policy, spec, temporary)
-    if kind == "merged":
-        merge_lora_(policy.backbone)
-        cast(Any, policy.backbone).save_pretrained(temporary)
-    else:
-        _write_adapter(policy, spec, temporary)
-    policy.tokenizer.save_pretrained(temporary)
-    shutil.copyfile(Path(__file__).with_name(SCRIPT), temporary / SCRIPT)
-    write_text_atomic(temporary / "README.md", model_card(directory, state, policy, kind, base=base_location(spec)))
-    for path in temporary.rglob("*"):
-        fsync_path(path)
-    publish_directory(temporary, out)
+    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        with writing_tensors(out):
+            _write_users(policy, spec, temporary)
+            if kind == "merged":
+                merge_lora_(policy.backbone)
+                cast(Any, policy.backbone).save_pretrained(temporary)
+            else:
+                _write_adapter(policy, spec, temporary)
+        policy.tokenizer.save_pretrained(temporary)
+        shutil.copyfile(Path(__file__).with_name(SCRIPT), temporary / SCRIPT)
+        write_text_atomic(temporary / "README.md", model_card(directory, state, policy, kind, base=base_location(spec)))
+        for path in temporary.rglob("*"):
+            fsync_path(path)
+        publish_directory(temporary, out)
+    finally:
+        remove_directories([temporary])
 
 
 def _refuse_missing_adapter(directory: Path, spec: PolicySpec, kind: str) -> None:

@@ -10,7 +10,7 @@ from prlhf.adapt import Judgment, fit_judgments
 from prlhf.adapt import fit as fit_module
 from prlhf.adapt.feedback import make_judgments
 from prlhf.adapt.margins import Margins
-from prlhf.adapt.population import make_population
+from prlhf.adapt.population import _spread, make_population
 from prlhf.data.records import LabelledRow
 from prlhf.errors import DataError
 from prlhf.models.packing import Packing, set_up_packing_
@@ -187,3 +187,38 @@ def test_judgments_leave_less_uncertainty_than_the_prior() -> None:
     few, many = (_own_state(policy, make_judgments_of(policy, count)).stdev for count in (2, 8))
     assert bool((few <= prior + 1e-9).all())
     assert many.sum() < few.sum() < prior.sum()
+
+
+def test_without_a_reference_margins_are_means_per_token() -> None:
+    policy = make_policy()
+    row = make_row(policy, 5, user_id=2, lengths=(4, 3, 9))
+    own = policy.logps(make_batch(policy, [row]), torch.tensor([2]))
+    lengths = [len(ids) for ids in row.responses]
+    state = policy.user_encoder.table[1].flatten()[None]  # type: ignore[union-attr]
+    margins = Margins(policy, [Judgment(row.prompt_ids, row.responses)], per_token=True).values([0], state)
+    expected = (own.chosen / lengths[0] - own.rejected / lengths[1]).detach()
+    torch.testing.assert_close(margins.float(), expected)
+
+
+def test_of_many_known_states_those_farthest_apart_are_kept() -> None:
+    """A corner first, then each time the row with the largest smallest distance to those before it."""
+    rows = torch.tensor([[0.0, 0], [0.1, 0], [0, 0.1], [10, 0], [10, 10.5], [0, 9]]).double()
+    assert sorted(_spread(rows, 4)) == [0, 3, 4, 5] or sorted(_spread(rows, 4)) == [1, 3, 4, 5]
+    assert _spread(rows, 6) == [0, 1, 2, 3, 4, 5]
+
+
+def test_users_with_one_state_count_once_and_those_with_the_generic_one_not_at_all() -> None:
+    """As they are in a model adapted again and again: who is like a known user has that user's row."""
+    policy = make_policy()
+    encoder = policy.user_encoder
+    assert isinstance(encoder, IndividualUserModel)
+    once = make_population(encoder)
+    again = IndividualUserModel(num_users=6, num_user_tokens=NUM_USER_TOKENS, dim=encoder.dim)
+    with torch.no_grad():
+        again.generic.copy_(encoder.generic)
+        first, second, third = encoder.offsets
+        again.offsets.copy_(torch.stack([first, second, first, torch.zeros_like(first), third, first]))
+    twice = make_population(again)
+    assert torch.equal(twice.states, once.states)
+    assert twice.ids == (0, 1, 2, 5)
+    torch.testing.assert_close(twice.prior.mean, once.prior.mean)

@@ -28,7 +28,7 @@ DOCUMENTED = {
 }
 FURTHER = {
     "user_model", "margin", "data", "baselines", "leaks", "majority", "ceiling", "text", "words", "skipped_steps",
-    "tax",
+    "tax", "dropped",
 }
 
 

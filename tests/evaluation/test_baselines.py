@@ -128,3 +128,10 @@ def test_format_alone_learns_what_each_users_texts_look_like() -> None:
     same = PreferenceRow("1", "ann", "p", "abc", "xyz")
     assert format_only_accuracy(train, [same]) == 0.5, "nothing tells the two apart"
     assert format_only_accuracy([], evaluation) is None and format_only_accuracy(train, []) is None
+
+
+def test_a_difference_of_form_that_all_rows_share_tells_the_two_apart() -> None:
+    """Two such features once made the rule's equations singular; one row of training is the extreme case."""
+    train = [PreferenceRow(f"{i}", "ann", f"p{i}", f"Sure, it is {i}!", f"it is {i} .") for i in range(30)]
+    for part in (train, train[:1]):
+        assert format_only_accuracy(part, train) == 1.0

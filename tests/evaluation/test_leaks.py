@@ -104,3 +104,24 @@ def test_overlap_counts_prompts_pairs_and_responses() -> None:
         PreferenceRow("4", "ann", "r", "e", "f"),
     ]
     assert count_overlap(train, rows) == {"prompt": 2, "pair": 1, "response": 2}
+
+
+def test_of_many_users_some_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 users, one of two opposed tastes each, who all judge two pairs."""
+    rows = [row for number in range(20) for row in (
+        PreferenceRow("1", f"ann {number}", "p", LONG, SHORT), PreferenceRow("1", f"bob {number}", "p", SHORT, LONG),
+        PreferenceRow("2", f"ann {number}", "q", LONG, SHORT), PreferenceRow("2", f"bob {number}", "q", SHORT, LONG),
+    )]
+    whole = expected_when_shuffled([], rows)
+    assert whole == {"mean": pytest.approx(0.5), "known": pytest.approx(1.0)}
+    monkeypatch.setattr(leaks, "MAX_USERS", 30)
+    some = expected_when_shuffled([], rows)
+    assert some is not None and some["known"] == pytest.approx(1.0)
+    assert some["mean"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_pair_judged_twice_counts_as_often_as_it_was_judged() -> None:
+    """Ann once liked either; Bob agrees with half of what she said, and both are half of the rows."""
+    rows = [PreferenceRow("1", "ann", "p", "a", "b"), PreferenceRow("1", "ann", "p", "b", "a"),
+            PreferenceRow("1", "bob", "p", "a", "b"), PreferenceRow("1", "bob", "p", "a", "b")]
+    assert expected_when_shuffled([], rows) == {"mean": pytest.approx(0.75), "known": pytest.approx(1.0)}

@@ -227,3 +227,23 @@ def test_baselines_and_shuffled_users_stand_below_the_accuracies() -> None:
     ]
     assert "reference shown the user's pairs" not in lines
     assert "0.512" in lines["users drawn anew (expected 0.580)"]
+
+
+def test_ids_and_texts_stay_in_their_cell_and_move_no_cursor() -> None:
+    figures = final_of()
+    figures["per_user"] = {"evil\n| x | 1.0\x1b[31m": figures["per_user"]["ann"]}
+    table = format_figures(figures)
+    [line] = [line for line in table.splitlines() if "evil" in line]
+    assert "\x1b" not in table and "\\| x \\|" in line
+    assert "\x1b" not in format_answers("p\x1b", {"a\x1b": "b\x1b"})
+
+
+def test_runs_on_different_data_are_said_not_to_compare() -> None:
+    other = final_of(data={"source": "elsewhere", "seed": 0}, user_model="none")
+    table = format_comparison({"a": final_of(), "b": other})
+    assert table.startswith("Only runs on the same data compare; these are on somewhere (seed 0), elsewhere (seed 0).")
+    names = [row[0] for row in cells(table)]
+    assert names[1:3] == [f"reference (by log-probs), {source} (seed 0)" for source in ("somewhere", "elsewhere")]
+    assert "Only runs" not in format_comparison({"a": final_of(), "b": final_of()})
+    taxes = {"a": final_of(tax=tax_of(1, 1.25, 1.5)), "b": other}
+    assert cells(format_tax_comparison(taxes))[1][2] == "-", "the vanilla run is of other data"

@@ -39,9 +39,10 @@ def test_orpo_loss_adds_the_nll_per_token():
         orpo_loss(*ROWS, beta=0.0)
 
 
-def test_orpo_is_finite_for_a_sure_token():
-    """exp(-1e-8) is 1 in float32; log(1 - p) is still log(1e-8)."""
-    logps, other = torch.tensor([-1e-8], requires_grad=True), torch.tensor([-1.0])
+@pytest.mark.parametrize("logp", [-1e-6, -1e-8, 0.0])
+def test_orpo_is_finite_for_a_sure_token(logp):
+    """exp(-1e-8) is 1 in float32, and log-probs of sure tokens are 0 exactly."""
+    logps, other = torch.tensor([logp], requires_grad=True), torch.tensor([-1.0])
     term = orpo_term(logps, other, torch.tensor([1]), torch.tensor([1]))
     term.backward()
     assert torch.isfinite(term).all() and torch.isfinite(logps.grad).all()
