@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
@@ -113,8 +114,9 @@ def _line(record: dict[str, Any], where: str) -> bytes:
 def _outcomes(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Number and object of every row, or the error that stands in its place."""
     if _holds_array(path):
-        with _open(path) as file:
-            entries = enumerate(_parse(file.read(), str(path), MEND_FILE), start=1)
+        with _open(path) as file, _reading(path):
+            data = file.read()
+        entries = enumerate(_parse(data, str(path), MEND_FILE), start=1)
         for number, entry in entries:
             yield number, _object_or_error(entry, f"{path}:{number}")
         return
@@ -138,25 +140,32 @@ def _open(path: Path) -> IO[bytes]:
 def _holds_array(path: Path) -> bool:
     if ".jsonl" in path.suffixes:
         return False
-    with _open(path) as file:
+    with _open(path) as file, _reading(path):
         return file.read(4096).lstrip().startswith(b"[")
+
+
+@contextlib.contextmanager
+def _reading(where: object) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{where}: cannot be read on ({error}); the file is damaged, get it anew") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines without blank ones; of an over-long line only the start, one byte more than allowed."""
     number = 0
     with _open(path) as file:
-        try:
-            while line := file.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                rest = line
+        while True:
+            with _reading(f"{path}:{number + 1}"):
+                line = rest = file.readline(MAX_LINE_BYTES + 1)
                 while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
                     rest = file.readline(MAX_LINE_BYTES + 1)
-                if line.strip():
-                    yield number, line
-        except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}:{number + 1}: cannot be read on ({error}); "
-                            "the file is damaged, get it anew") from error
+            if not line:
+                return
+            number += 1
+            if line.strip():
+                yield number, line
 
 
 def _parse(data: bytes, where: str, remedy: str) -> Any:

@@ -59,6 +59,8 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> PreparedSummary:
+    if args.seed < 0:
+        raise DataError(f"--seed: got {args.seed}, expected at least 0")
     _refuse_foreign_options(args)
     if args.format in BUILTIN_PREFERENCES:
         check_writable(args.out, force=args.force)

@@ -81,9 +81,11 @@ def test_bad_entry_of_an_array_is_named_by_its_number(tmp_path: Path) -> None:
         list(read_jsonl(path))
 
 
-def test_damaged_or_missing_files_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 100_000)[:-20])
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz"])
+def test_damaged_or_missing_files_are_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    rows = b'{"a": 1}\n' * 100_000 if name == "rows.jsonl.gz" else b"[" + b'{"a": 1}, ' * 100_000 + b"{}]"
+    path.write_bytes(gzip.compress(rows)[:-20])
     with pytest.raises(DataError, match="the file is damaged"):
         list(read_jsonl(path))
     path.write_bytes(b"plain text")

@@ -41,7 +41,7 @@ def test_the_command_prepares_a_file_and_says_what_it_wrote(
     left_out = 80 - sum(len(rows) for rows in (data.train, data.dev, data.eval_seen, data.eval_unseen))
     printed = capsys.readouterr().out
     assert f"train {len(data.train)}, dev {len(data.dev)}" in printed
-    assert f"unseen_user_on_training_prompt {left_out}\n" in printed
+    assert f"user_without_training_row {left_out}\n" in printed
 
 
 def test_the_builtin_world_can_be_written_as_a_prepared_directory(tmp_path: Path) -> None:
@@ -75,3 +75,8 @@ def test_options_of_another_format_are_refused(raw: str, tmp_path: Path) -> None
             prepare(format_name, "--out", out, "--unseen-users", "0.5")
     with pytest.raises(DataError, match="prepare convarg: no --raw PATH"):
         prepare("convarg", "--out", out)
+
+
+def test_a_seed_below_zero_is_refused(raw: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--seed: got -1"):
+        prepare("jsonl", "--raw", raw, "--out", str(tmp_path / "out"), "--seed", "-1")
