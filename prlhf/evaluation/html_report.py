@@ -194,7 +194,7 @@ def _words(runs: Sequence[RunFiles]) -> str:
     if references:
         series.append(words_by_user(references[0], "the reference"))
     drawing = partial(figures.draw_users, series=series, xlabel="words an answer", share=False)
-    note = "Mean words of the sampled answers to each user and as the generic one, with 95% intervals over answers (Student's t)."
+    note = "Mean words of the sampled answers to each user, and as the generic one; 95% intervals over answers (t)."
     return "<h2>Words of each user's answers</h2>" + _figure(drawing, "Words of each user's answers", note)
 
 
