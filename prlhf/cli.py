@@ -219,11 +219,10 @@ def _generate(args: argparse.Namespace) -> int:
     from prlhf.evaluation.samples import about_users, known_users, user_indices
     from prlhf.files import make_place
     from prlhf.generation import generate
-    from prlhf.models import load_policy
 
     make_place(args.out)
     prompts = _read_prompts(args.prompts)
-    policy = load_policy(args.checkpoint)
+    policy, limits = _load_to_answer(args.checkpoint)
     users = known_users(policy, None if args.users == "all" else args.users.split(","))
     pairs = [(user, prompt) for user in users for prompt in prompts]
     answers = generate(
@@ -232,6 +231,7 @@ def _generate(args: argparse.Namespace) -> int:
         user_indices(policy, [user for user, _ in pairs]),
         options=_sampling(args),
         **about_users(policy, pairs, args.user_text),
+        **limits,
     )
     write_jsonl(
         args.out,
@@ -247,15 +247,17 @@ def _chat(args: argparse.Namespace) -> int:
     from prlhf.data.records import Message
     from prlhf.evaluation.samples import about_users, known_users, user_indices
     from prlhf.generation import generate
-    from prlhf.models import load_policy
 
-    policy = load_policy(args.checkpoint)
+    policy, limits = _load_to_answer(args.checkpoint)
     user_ids = user_indices(policy, known_users(policy, [args.user]))
     history: list[Message] = []
     while True:
         sys.stdout.write(f"{args.user}> ")
         sys.stdout.flush()
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            line = ""
         if not line:
             sys.stdout.write("\n")
             return 0
@@ -265,10 +267,24 @@ def _chat(args: argparse.Namespace) -> int:
             history.append(Message("user", line.strip()))
         prompt = tuple(history) or line.strip()
         about = about_users(policy, [(args.user, prompt)], args.user_text)
-        answer = generate(policy, [prompt], user_ids, options=_sampling(args), **about)[0]
+        answer = generate(policy, [prompt], user_ids, options=_sampling(args), **about, **limits)[0]
         if history:
             history.append(Message("assistant", answer))
         sys.stdout.write(answer + "\n")
+
+
+def _load_to_answer(checkpoint: Path) -> tuple[Any, dict[str, Any]]:
+    """A policy on its run's device, and how long its prompts may be."""
+    from prlhf.config import load_config
+    from prlhf.engine.build import pick_device
+    from prlhf.engine.checkpoint import CONFIG
+    from prlhf.models import load_policy
+    from prlhf.models.assemble import resolve_checkpoint
+
+    directory = resolve_checkpoint(checkpoint)
+    config = load_config(directory / CONFIG)
+    policy = load_policy(directory, device=str(pick_device(config.train.device)))
+    return policy, {"max_prompt_tokens": config.data.max_prompt_tokens}
 
 
 def _sampling(args: argparse.Namespace) -> Any:

@@ -27,6 +27,15 @@ _KINDS_OF_SETTING = {
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
 }
+# Settings that some methods alone read, likewise.
+_METHODS_OF_SETTING = {
+    "loss.alpha": PERSONAL_METHODS,
+    "loss.beta": ("dpo", "pdpo"),
+    "loss.label_smoothing": ("dpo", "pdpo"),
+    "loss.sft_weight": ("dpo", "pdpo"),
+    "model.reference": ("dpo", "pdpo"),
+    "eval.generate": ("dpo", "pdpo"),
+}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 NAME_RULE = "up to 100 letters, digits, '.', '_' or '-', no '.' first"
 
@@ -122,13 +131,12 @@ def _contradictions(config: Any) -> Iterator[Problem]:
         text = f"got {user.prior} with user.kind {user.kind}, expected 0: only {' and '.join(SHRUNK_KINDS)} have one"
         yield Problem(("user.prior", "user.kind"), text)
     yield from _misfits_of_texts(user)
-    if config.method in ("rm", "prm"):
-        for key, value, expected in (
-            ("loss.label_smoothing", loss.label_smoothing, 0),
-            ("loss.sft_weight", loss.sft_weight, 0),
-        ):
-            if value != expected:
-                yield Problem((key, "method"), f"got {value} with method {config.method}, expected {expected}")
+    for key, methods in _METHODS_OF_SETTING.items():
+        section, name = key.split(".")
+        value, default = getattr(getattr(config, section), name), getattr(type(getattr(config, section)), name)
+        if config.method not in methods and value != default:
+            text = f"got {value} with method {config.method}, expected {default}: it is for {', '.join(methods)}"
+            yield Problem((key, "method"), text)
     for name, kinds in _KINDS_OF_SETTING.items():
         value, default = getattr(loss, name), getattr(type(loss), name)
         if loss.kind not in kinds and value != default:

@@ -24,6 +24,7 @@ _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTE
 _STOPPING = "stopping"  # a key in the group's store: a rank that a signal stopped has left
 _SAID = "said "  # before a line in the group's store: how many ranks came to say it
 _group_store: dist.Store | None = None
+_num_waits = 0  # at the store; the same on all ranks
 _pulse_file: int | None = None
 _num_beats = 0
 
@@ -73,7 +74,11 @@ def init_process_group(device_type: str, *, timeout_s: float = DEFAULT_TIMEOUT_S
     store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     device = None
     if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number, available = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= available:
+            raise ConfigError(f"rank {number} of this machine has no GPU, of which there are {available}; start "
+                              f"{available} ranks, or set train.device=cpu")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     backend = "nccl" if device_type == "cuda" else "gloo"
     dist.init_process_group(
@@ -160,7 +165,23 @@ def barrier(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         if dist.get_backend() == "gloo":
             dist.monitored_barrier(timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
         else:
+            if timeout_s > DEFAULT_TIMEOUT_S:  # NCCL's own is the group's
+                wait_at_store(timeout_s)
             dist.barrier()
+
+
+def wait_at_store(timeout_s: float) -> None:
+    """Wait for every rank at the group's store, which takes no device's time and has no timeout of its own.
+
+    Raises: RuntimeError: after `timeout_s`.
+    """
+    assert _group_store is not None
+    global _num_waits
+    _num_waits += 1
+    name = f"wait-{_num_waits}"
+    if _group_store.add(name, 1) == dist.get_world_size():
+        _group_store.set(f"{name}-over", "yes")
+    _group_store.wait([f"{name}-over"], timedelta(seconds=timeout_s))
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

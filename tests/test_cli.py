@@ -295,3 +295,22 @@ def test_texts_may_hold_what_python_takes_for_an_end_of_line(run: Run, tmp_path:
     arguments = ("--prompts", tmp_path / "prompts.txt", "--out", answers, "--max-new-tokens", 1, "--users", "generic")
     assert run("generate", run.runs / "tiny", *arguments)[0] == 0
     assert [json.loads(line)["prompt"] for line in answers.read_text().split("\n") if line] == ["One\u2028Two"]
+
+
+def test_answers_read_as_much_of_a_prompt_as_the_run_did(
+    run: Run, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prompts that differ in their first words alone; the tiny run reads 64 tokens."""
+    (tmp_path / "prompts.txt").write_text(f"{'tea ' * 99}\nrain {'tea ' * 99}\n")
+    out = tmp_path / "answers.jsonl"
+    arguments = ("--prompts", tmp_path / "prompts.txt", "--out", out, "--users", "generic", "--max-new-tokens", 4)
+    assert run("generate", trained / "tiny", *arguments)[0] == 0
+    assert "2 of 2 prompts are longer than 64 tokens" in caplog.text
+
+
+def test_an_interrupt_ends_a_chat(run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.stdin, "readline", interrupted)
+    assert run("chat", trained / "tiny", "--user", "bob")[0] == 0

@@ -15,10 +15,12 @@ from prlhf.distributed import (
     barrier,
     broadcast_,
     broadcast_object,
+    counts_of_ranks,
     init_process_group,
     is_main,
     rank,
     teardown,
+    wait_at_store,
     world_size,
 )
 from prlhf.errors import ConfigError, Preempted
@@ -33,6 +35,7 @@ def _check_collectives() -> None:
     total = torch.tensor([1.0, 10.0]) * (rank() + 1)
     assert all_reduce_sum(total) is total
     assert total.tolist() == [3.0, 30.0]
+    assert counts_of_ranks(rank() + 5) == [5, 6]
     assert all_reduce_any(rank() == 1)
     assert not all_reduce_any(False)
     assert broadcast_object(NESTED if is_main() else {"another": "value"}) == NESTED
@@ -40,6 +43,15 @@ def _check_collectives() -> None:
     parameters = [torch.nn.Parameter(torch.full((2,), float(rank()))), torch.nn.Parameter(torch.tensor(rank() + 3.0))]
     broadcast_(parameters)
     assert [parameter.tolist() for parameter in parameters] == [[0.0, 0.0], 3.0]
+    barrier()
+    began = time.monotonic()
+    for late in (0, 1):
+        time.sleep(0.3 * (rank() == late))
+        wait_at_store(20.0)
+    assert time.monotonic() - began > 0.55, "both waited for the other"
+    if rank() == 0:
+        with pytest.raises(RuntimeError):
+            wait_at_store(0.2)
     barrier()
 
 

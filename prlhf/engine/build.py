@@ -190,6 +190,9 @@ def build_job(config: Config) -> Job:
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     torch.manual_seed(config.seed + rank())
+    if config.model.dtype == "bfloat16" and config.model.lora is None:
+        logger.warning("model.dtype bfloat16 with lora: null: most of AdamW's steps are too small for bfloat16 weights "
+                       "and round away; use float32 with train.precision bf16")
     device = pick_device(config.train.device)
     data = load_job_data(config)
     neutral = load_job_neutral(config, data.preferences)

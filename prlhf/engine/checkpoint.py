@@ -34,6 +34,7 @@ from prlhf.models.assemble import (
     USER_IDS,
     USERS,
     PolicySpec,
+    changed_base,
     load_trained_,
     read_tensors,
     spec_to_dict,
@@ -63,6 +64,7 @@ class Progress:
     train_seconds: float = 0.0
     usual_loss: float = 0.0
     num_usual_losses: int = 0
+    adapter_scale: float = 1.0  # by which the last step's adapters were scaled
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,10 @@ def save_checkpoint(
         if is_main():
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        barrier()
+    except DISK_PROBLEMS as error:
+        problem = error
+    _raise_together(problem, temporary, needed)  # also waits for the folder
+    try:
         beat(patience_s=needed / SLOW_DISK)
         reach("checkpoint_file")
         save_file(
@@ -170,6 +175,7 @@ def _write_shared_files(
             "method": identity.method,
             "policy": spec_to_dict(identity.spec),
             "base_sha256": model.base_sha256,
+            "base_config": model.base_config,
             "data_sha256": identity.data_sha256,
         },
     )
@@ -205,9 +211,10 @@ def load_checkpoint_(
     state = read_json(directory / STATE)
     users = [] if model.users is None else list(model.users.user_ids)
     wrong = []
-    if state["base_sha256"] != model.base_sha256:
+    changed = changed_base(model, state)
+    if changed:
         wrong.append(
-            f"{directory}: the base model's weights changed since; restore them or start a run of another name"
+            f"{directory}: the base model changed since ({changed}); restore it or start a run of another name"
         )
     if state["data_sha256"] is None:
         logger.warning("%s: a user was forgotten, so the training data is not compared with the run's", directory)
@@ -229,6 +236,8 @@ def load_checkpoint_(
         torch.set_rng_state(states["torch"])
         if "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"])
+        if "mps" in states:
+            torch.mps.set_rng_state(states["mps"])
     else:
         logger.warning(
             "%s: no random state for rank %d (other world size); dropout masks will differ", directory, rank()
@@ -284,7 +293,9 @@ def _save(tensors: dict[str, Any], path: Path) -> None:
 
 
 def _device_rng(device: torch.device) -> dict[str, Tensor]:
-    return {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    if device.type == "cuda":
+        return {"cuda": torch.cuda.get_rng_state(device)}
+    return {"mps": torch.mps.get_rng_state()} if device.type == "mps" else {}
 
 
 def _optimizer_tensors(model: PersonalizedModel, optimizer: RowLazyAdamW) -> dict[str, Tensor]:

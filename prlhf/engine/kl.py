@@ -35,9 +35,9 @@ def estimate_kl(
     """
     sums = torch.zeros(len(objective.terms), device=policy.device)
     for batch in batches:
-        reference = reference_of(batch)
-        assert reference is not None
         with autocast():
+            reference = reference_of(batch)
+            assert reference is not None
             terms = policy.term_values(batch.mismatched, objective.read_as(batch))
         if batch.is_idle:
             continue

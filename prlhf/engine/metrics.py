@@ -72,7 +72,7 @@ class StepMetrics:
         table = torch.zeros(len(self._steps), len(names) + 1, dtype=torch.float64)
         for i, (_, sums, num_rows) in enumerate(self._steps):
             if sums:
-                table[i, :-1] = torch.stack([sums[name] for name in names]).double().cpu()
+                table[i, :-1] = torch.stack([sums[name] for name in names]).cpu().double()
             table[i, -1] = num_rows
         all_reduce_sum(table)
         lines = []

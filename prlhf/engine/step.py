@@ -100,7 +100,7 @@ def train_step_(
     loss = result.sums.get("loss", result.grad_norm)
     result.skipped = all_reduce_any(not bool(torch.isfinite(loss) & torch.isfinite(result.grad_norm)))
     if max_loss is not None:
-        total = loss.detach().double().reshape(1) if result.num_rows else torch.zeros(1, dtype=torch.float64)
+        total = loss.detach().cpu().double().reshape(1) if result.num_rows else torch.zeros(1, dtype=torch.float64)
         result.mean_loss = all_reduce_sum(total).item() / num_global_rows
         result.skipped = result.skipped or result.mean_loss > max_loss
     reach("before_optimizer")

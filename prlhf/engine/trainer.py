@@ -19,7 +19,7 @@ from prlhf.data.collate import collate_labelled, collate_pairs, collate_response
 from prlhf.data.context import Context
 from prlhf.data.sampler import cut_microbatches, cut_packs, shard
 from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair
-from prlhf.distributed import all_reduce_any, announce_stop, beat, is_main, rank, world_size
+from prlhf.distributed import all_reduce_any, announce_stop, beat, counts_of_ranks, is_main, rank, world_size
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import (
     CONFIG,
@@ -77,7 +77,8 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
     Raises: PrlhfError: one line for each mistake. Preempted: a signal came; everything was saved.
     """
     began = time.perf_counter()
-    with RunDir(run_dir, writes=is_main()) as lock, StopFlag() as stop:
+    again = "the same command" if resume in ("auto", "never") else "the same command without --resume"
+    with RunDir(run_dir, writes=is_main()) as lock, StopFlag(again) as stop:
         checkpoint = _starting_checkpoint(config, run_dir, resume)
         if checkpoint is not None and lock.is_finished(step_of(checkpoint)) and _is_unchanged(config, run_dir):
             logger.info("%s is finished; nothing to do. To train anew choose another name=", run_dir)
@@ -92,7 +93,11 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
             progress = load_checkpoint_(
                 checkpoint, job.model, job.optimizer, spec=job.spec, data_sha256=job.data_sha256
             )
+            progress.tokens_seen *= is_main()  # those of all ranks so far; each counts its own from here on
             logger.info("resumed from %s at step %d", checkpoint, progress.step)
+        if progress.step < job.max_steps and progress.adapter_scale != 1:
+            scale_adapters_(job.model.backbone, 1 / progress.adapter_scale)  # it is no longer the last step
+            progress.adapter_scale = 1.0
         lock.start(dump_config(config), step=progress.step)
         if is_main():
             remove_stale_temporaries(run_dir)
@@ -136,14 +141,15 @@ def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[
         bar.update()
         last, stopping = progress.step == job.max_steps, all_reduce_any(stop.is_set)
         if last and config.model.lora is not None:
-            scale_adapters_(job.model.backbone, config.model.lora.final_scale)
+            progress.adapter_scale = config.model.lora.final_scale
+            scale_adapters_(job.model.backbone, progress.adapter_scale)
         saving = last or stopping or _is_due(progress.step, config.checkpoint.every_steps)
         if saving or metrics.is_due(progress.step):
             bar.set_postfix(metrics.flush(progress.step, job.max_steps, to_terminal=not bar.disable))
         if saving:
             save_job(job, progress, run_dir.path)
         if stopping:
-            raise Preempted(f"stopped by a signal at step {progress.step}; saved, the same command goes on from there")
+            raise Preempted(f"stopped by a signal at step {progress.step}; saved, {stop.again} goes on from there")
         if _is_due(progress.step, config.eval.every_steps) and not last:
             with whole_weights(job.model):
                 evaluate_step(job, progress, run_dir.path, on_batch=stop.check_at("eval", progress.step))
@@ -166,7 +172,7 @@ def save_job(job: Job, progress: Progress, run_dir: Path) -> None:
         run_dir,
         job.model,
         job.optimizer,
-        progress,
+        replace(progress, tokens_seen=sum(counts_of_ranks(progress.tokens_seen))),
         RunIdentity(job.spec, job.config.method, dump_config(job.config), job.data_sha256),
         keep_last=job.config.checkpoint.keep_last,
         keep_best=job.config.checkpoint.keep_best,
@@ -250,6 +256,7 @@ def _make_reference(job: Job, cache: Path, stop: StopFlag) -> Callable[[Batch], 
         precision += " fsdp"
     identity = {
         "weights": job.model.base_sha256,
+        "architecture": job.model.base_config,
         "dtype": job.config.model.dtype,
         "precision": precision,
         "packed": job.model.packing is not None,
@@ -279,6 +286,9 @@ def _starting_checkpoint(config: Config, run_dir: Path, resume: str) -> Path | N
         return None
     if resume == "never":
         raise RunDirError(f"{run_dir}: holds a checkpoint and --resume is never; choose another name= or resume")
+    if run_dir.resolve() not in (found.resolve(), *found.resolve().parents) and find_checkpoint(run_dir) is not None:
+        raise RunDirError(f"--resume {resume}: {run_dir} holds checkpoints of its own; leave --resume out to go on "
+                          "from them, or choose another name=")
     changed = changed_keys(load_config(found / CONFIG), config)
     refused = [key for key in changed if not any(key == k or key.startswith(k + ".") for k in MAY_CHANGE_ON_RESUME)]
     if refused:
@@ -295,9 +305,14 @@ def _is_unchanged(config: Config, run_dir: Path) -> bool:
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT inside the context; looked at between steps and batches."""
+    """Set by SIGTERM or SIGINT inside the context; looked at between steps and batches.
 
-    def __init__(self) -> None:
+    Args:
+        again: the command that goes on from what was saved.
+    """
+
+    def __init__(self, again: str = "the same command") -> None:
+        self.again = again
         self.is_set = False
 
     def __enter__(self) -> StopFlag:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -16,6 +18,7 @@ from prlhf.models.backbone import position_limit
 from prlhf.models.policy import PersonalizedPolicy
 
 DEFAULTS = SamplingOptions()
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -50,11 +53,24 @@ def generate(
         encode_prompt(policy.tokenizer, prompt, text, max_prompt_tokens=max_prompt_tokens)
         for prompt, text, _ in zip(prompts, texts, ids, strict=True)
     ]
+    _warn_of_cuts(policy, prompts, texts, max_prompt_tokens)
     answers = generate_ids(
         policy, encoded, user_ids, contexts, options=options, batch_rows=batch_rows, on_batch=on_batch
     )
     decoded = [policy.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
     return [_before(text, options.stop_strings).strip() for text in decoded]
+
+
+def _warn_of_cuts(
+    policy: PersonalizedPolicy, prompts: Sequence[Prompt], texts: Sequence[str], max_prompt_tokens: int
+) -> None:
+    distinct = set(zip(prompts, texts, strict=True))
+    lengths = [len(encode_prompt(policy.tokenizer, *one, max_prompt_tokens=sys.maxsize)) for one in distinct]
+    if (count := sum(length > max_prompt_tokens for length in lengths)):
+        logger.warning(
+            "%d of %d prompts are longer than %d tokens, of which the run was trained on no more, and were cut",
+            count, len(distinct), max_prompt_tokens,
+        )
 
 
 def generate_ids(

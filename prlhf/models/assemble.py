@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -19,7 +19,15 @@ from prlhf.data.context import UserContexts, facts_from_record
 from prlhf.data.records import UserIndex
 from prlhf.errors import CheckpointError
 from prlhf.files import find_damage, read_json
-from prlhf.models.backbone import embedding_dim, hash_state, input_embedding, load_backbone, load_tokenizer
+from prlhf.models.backbone import (
+    changed_architecture,
+    describe_architecture,
+    embedding_dim,
+    hash_state,
+    input_embedding,
+    load_backbone,
+    load_tokenizer,
+)
 from prlhf.models.lora import PEFT_PREFIX, add_lora_, lora_state_dict
 from prlhf.models.packing import Packing, set_up_packing_
 from prlhf.models.personalized import PersonalizedModel
@@ -112,7 +120,7 @@ def _make_model(kind: type[Model], spec: PolicySpec, user_ids: Sequence[str], to
             spec.user_kind, tokenizer, max_tokens=spec.context_tokens, max_pairs=spec.history_pairs
         )
     model = kind(backbone, tokenizer, user_encoder=user_encoder, users=users, contexts=contexts)
-    model.base_sha256 = hash_state(backbone)
+    model.base_sha256, model.base_config = hash_state(backbone), describe_architecture(backbone)
     packing = set_up_packing_(backbone)
     if isinstance(packing, Packing):
         model.packing = packing
@@ -330,9 +338,10 @@ def load_model(
     make = make_reward_model if state["method"] in REWARD_METHODS else make_policy
     tokenizer = load_tokenizer(directory, str(directory))
     model = make(spec, read_json(directory / USER_IDS)["user_ids"], tokenizer=tokenizer)
-    if model.base_sha256 != state["base_sha256"]:
+    changed = changed_base(model, state)
+    if changed:
         raise CheckpointError(
-            f"{directory}: trained on another base model than {spec.backbone!r} is now; restore its weights"
+            f"{directory}: trained on another base model than {spec.backbone!r} is now ({changed}); restore it"
         )
     model.to(device)
     if not packing:
@@ -343,6 +352,13 @@ def load_model(
     if model.contexts is not None:
         model.contexts.facts = facts_from_record(read_json(directory / CONTEXTS), str(directory / CONTEXTS))
     return model.eval()
+
+
+def changed_base(model: PersonalizedModel, state: Mapping[str, Any]) -> str:
+    """How the base model differs from the one that a checkpoint's state.json knows, "" where it does not."""
+    if state["base_sha256"] != model.base_sha256:
+        return "its weights differ"
+    return "; ".join(changed_architecture(state.get("base_config", {}), model.base_config))
 
 
 def spec_to_dict(spec: PolicySpec) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.resources
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,9 @@ BUILTIN_SCRATCH = "builtin:scratch"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_NAMES_SHOWN = 5
 PROBE_PROMPT = "Why?"
+# Of a configuration: where it came from, what wrote it, how it is stored or run.
+NO_ARCHITECTURE = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict",
+                   "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type")
 
 
 def builtin_model_dir() -> Path:
@@ -143,6 +147,20 @@ def hash_state(module: nn.Module) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def describe_architecture(backbone: nn.Module) -> dict[str, Any]:
+    """The backbone's configuration as JSON values: with the same weights, too, others make another model."""
+    values = json.loads(cast(Any, backbone).config.to_json_string(use_diff=False))
+    return {key: value for key, value in values.items() if key not in NO_ARCHITECTURE and not key.startswith("_")}
+
+
+def changed_architecture(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two configurations, "key: before, now"; keys that one version of transformers alone has
+    count for nothing.
+    """
+    return [f"{key}: {before[key]}, now {now[key]}" for key in sorted(before.keys() & now.keys())
+            if before[key] != now[key]]
 
 
 def save_backbone(

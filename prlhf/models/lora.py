@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +196,13 @@ def _named_paths(backbone: nn.Module, targets: Sequence[str]) -> list[str]:
     ]
     if not targets:
         unmatched = [f"lora.targets: got no name; there are {names}, and lora: null trains without adapters"]
+    head = cast(Any, backbone).get_output_embeddings()
+    heads = {path for path in linear if head is not None and backbone.get_submodule(path) is head}
+    unmatched += [
+        f"lora.targets: {target!r} names the output layer, which takes no adapter; name layers inside the blocks"
+        for target, found in matches.items()
+        if found & heads
+    ]
     if unmatched:
         raise ModelError(*unmatched)
     wanted = set().union(*matches.values())

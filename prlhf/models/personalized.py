@@ -51,6 +51,7 @@ class PersonalizedModel(nn.Module, ABC):
         )
         self.packing: Packing | None = None  # set by whoever tried the backbone; None: rows are padded
         self.base_sha256 = ""  # of the backbone's weights before training, set by whoever loads them
+        self.base_config: dict[str, Any] = {}  # its architecture, likewise
         self.complete_()
 
     @abstractmethod

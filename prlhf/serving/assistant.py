@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from prlhf.config import load_config
 from prlhf.data.records import GENERIC_USER_ID, Prompt
+from prlhf.engine.checkpoint import CONFIG
 from prlhf.evaluation.samples import GENERIC, about_users
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models import load_policy
+from prlhf.models.assemble import resolve_checkpoint
 
 
 class Assistant:
@@ -19,7 +22,9 @@ class Assistant:
     """
 
     def __init__(self, path: str | Path, *, device: str = "cpu") -> None:
-        self.policy = load_policy(path, device=device)
+        directory = resolve_checkpoint(Path(path))
+        self.policy = load_policy(directory, device=device)
+        self._max_prompt_tokens = load_config(directory / CONFIG).data.max_prompt_tokens
 
     @property
     def users(self) -> tuple[str, ...]:
@@ -39,4 +44,7 @@ class Assistant:
         if self.policy.user_encoder is not None and self.policy.users is not None:
             user_ids = [GENERIC_USER_ID if user is None else self.policy.users.index(user)]
         about = about_users(self.policy, [(GENERIC if user is None else user, prompt)], user_text)
-        return generate(self.policy, [prompt], user_ids, options=SamplingOptions(**sampling), **about)[0]
+        return generate(
+            self.policy, [prompt], user_ids, options=SamplingOptions(**sampling),
+            max_prompt_tokens=self._max_prompt_tokens, **about,
+        )[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import resource
 import shutil
 from pathlib import Path
@@ -22,8 +23,19 @@ from prlhf.models import load_policy, user_rows
 from prlhf.usermodel import row_table
 from prlhf.usermodel.store import UserStore
 from tests.engine.cuts import step_of
-from tests.engine.two_ranks import state_of
-from tests.tiny_run import Crash, Tiny, at_step, checkpoints, crash, perturbed_job, snapshot, write_data, write_model
+from tests.engine.two_ranks import resumable, state_of
+from tests.tiny_run import (
+    Crash,
+    Tiny,
+    at_step,
+    checkpoints,
+    crash,
+    perturbed_job,
+    read_metrics,
+    snapshot,
+    write_data,
+    write_model,
+)
 
 FILES = {
     "trainable.safetensors", "users.safetensors", "optimizer.safetensors", "rng-0.safetensors", "state.json",
@@ -247,8 +259,27 @@ def test_a_damaged_checkpoint_named_on_the_command_line_is_refused(tiny: Tiny, i
 def test_another_base_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     directory = saved(trained_job(tiny), tmp_path / "run")
     other = Tiny(write_model(tmp_path / "model", seed=5), tiny.data)
-    with pytest.raises(CheckpointError, match="base model's weights changed"):
+    with pytest.raises(CheckpointError, match=r"base model changed since \(its weights differ\)"):
         load_into(build_job(other.config()), directory)
+
+
+def test_another_architecture_around_the_same_weights_is_refused_and_has_another_reference(
+    tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Tiny(shutil.copytree(tiny.model, tmp_path / "model"), tiny.data)
+    config = other.config(method="dpo", train__max_steps=1)
+    train(config, tmp_path / "run")
+    path = other.model / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "rms_norm_eps": 0.1, "use_cache": not values["use_cache"]}))
+    for call in (lambda: train(other.config(method="dpo", train__max_steps=2), tmp_path / "run"),
+                 lambda: load_policy(tmp_path / "run")):
+        with pytest.raises(CheckpointError, match=r"\(rms_norm_eps: .*, now 0.1\)"):
+            call()
+    with caplog.at_level(logging.INFO, "prlhf"):
+        train(config, tmp_path / "new")
+    assert "0 of them kept from before" in caplog.text
+    assert read_metrics(tmp_path / "new")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_other_training_data_is_refused(tiny: Tiny, tmp_path: Path) -> None:
@@ -320,3 +351,13 @@ def test_a_store_in_a_checkpoint_holds_trained_users_only_and_its_damage_is_foun
     assert {name for name in entries if "/" in name} == {"users/index.sqlite", "users/tail-000000.bin"}
     damage(directory / "users/tail-000000.bin")
     assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000001"
+
+
+def test_tokens_of_all_ranks_are_kept(tiny: Tiny, two_ranks: Path, tmp_path: Path) -> None:
+    """Whichever world sizes the same rows were seen by; each rank pads its own micro-batches."""
+    train(resumable(tiny), tmp_path / "one")
+    alone, mixed = (
+        json.loads((run_dir / "checkpoints" / "step-00000006" / "state.json").read_text())["tokens_seen"]
+        for run_dir in (tmp_path / "one", two_ranks / "one_then_two")
+    )
+    assert mixed == pytest.approx(alone, rel=0.25)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from prlhf.config_checks import PERSONAL_METHODS, USER_KINDS
+from prlhf.config_checks import PERSONAL_METHODS, REFERENCE_FREE_KINDS, USER_KINDS
 from prlhf.data.collate import PairBatch
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import Progress
@@ -57,7 +57,7 @@ def test_a_step_of_every_loss_kind_is_taken_and_survives_a_checkpoint(
     )
     job = perturb_(build_job(config))
     sound = job.objective
-    kinds: Any = get_args(PairwiseKind) if method in ("dpo", "pdpo") else (sound.kind,)
+    kinds: Any = (*get_args(PairwiseKind), *REFERENCE_FREE_KINDS) if method in ("dpo", "pdpo") else (sound.kind,)
     for step, kind in enumerate(kinds):
         job.objective = dataclasses.replace(sound, kind=kind)
         before = values_of(job.model, job)
@@ -69,6 +69,21 @@ def test_a_step_of_every_loss_kind_is_taken_and_survives_a_checkpoint(
         loaded = load_model(tmp_path)
         assert type(loaded) is type(job.model)
         assert torch.equal(values_of(loaded, job), after), kind
+
+
+@pytest.mark.parametrize(("method", "user_kind"), [("dpo", "none"), *(("pdpo", kind) for kind in USER_KINDS)])
+def test_a_step_on_unpaired_rows_is_taken_and_survives_a_checkpoint(
+    world: Tiny, tmp_path: Path, method: Any, user_kind: str
+) -> None:
+    settings = {"method": method, "user__kind": user_kind, "loss__kind": "kto", "train__batch_rows": 2}
+    job = perturb_(build_job(world.config(**settings)))
+    before = values_of(job.model, job)
+    result = step_of(job, 0, job.optimizer, max_grad_norm=1.0)
+    assert not result.skipped and math.isfinite(float(result.sums["loss"]))
+    after = values_of(job.model, job)
+    assert not torch.equal(before, after)
+    save_job(job, Progress(step=1), tmp_path)
+    assert torch.equal(values_of(load_model(tmp_path), job), after)
 
 
 def test_the_world_has_pairs_for_every_method(world: Tiny) -> None:

@@ -125,6 +125,11 @@ def test_too_many_skips_in_a_row_stop_the_run(
     assert read_status(tmp_path / "run")["status"] == "failed"
 
 
+def test_where_no_checkpoint_can_be_made_both_ranks_say_so(two_ranks: Path) -> None:
+    for messages in read(two_ranks, "no_folder"):
+        assert len(messages) == 1 and "checkpoints" in messages[0]
+
+
 def test_a_broken_rank_stops_both(two_ranks: Path) -> None:
     for messages in read(two_ranks, "always_nan"):
         assert len(messages) == 1

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from prlhf.data.collate import collate_responses
 from prlhf.data.tokenize import TokenizedResponse
 from prlhf.engine.build import Job, build_job
-from prlhf.engine.trainer import batches_of_step
+from prlhf.engine.trainer import batches_of_step, train
 from tests.engine.cuts import (
     FULL_STEP,
     RAGGED_STEP,
@@ -30,7 +30,7 @@ from tests.engine.cuts import (
     step_of,
 )
 from tests.engine.two_ranks import inf_gradient_, nan_loss_, read, state_of
-from tests.tiny_run import Tiny, perturb_, perturbed_job
+from tests.tiny_run import Tiny, perturb_, perturbed_job, read_metrics
 
 SMALL_MICROBATCH = 250  # tokens: one pair or a few responses
 
@@ -234,3 +234,10 @@ def test_bf16_gradient_is_near_the_float32_one(tiny: Tiny) -> None:
     )
     assert not torch.equal(exact, rough)
     assert F.cosine_similarity(exact, rough, dim=0) > 0.98
+
+
+def test_policy_and_reference_are_one_function_for_the_kl_in_bf16_too(tiny: Tiny, tmp_path: Path) -> None:
+    """Before the first step, with a reference that is computed anew."""
+    settings = {"method": "dpo", "loss__kind": "kto", "model__reference": "live", "train__precision": "bf16"}
+    train(tiny.config(train__max_steps=1, **settings), tmp_path / "run")
+    assert read_metrics(tmp_path / "run")[0]["kl"] == 0

@@ -195,6 +195,17 @@ def test_only_the_last_step_scales_the_adapters(tiny: Tiny, tmp_path: Path) -> N
             assert torch.equal(scaled[key], tensor * (factor if "lora_B" in key else 1.0)), key
 
 
+def test_a_run_that_is_made_longer_goes_on_from_adapters_as_they_were(tiny: Tiny, tmp_path: Path) -> None:
+    """Scaling by a half and back is exact, and at a rate of 0 from there on nothing else moves."""
+    for name, scale in (("whole", 1.0), ("scaled", 0.5)):
+        for steps in (4, 5):
+            train(tiny.config(train__max_steps=steps, model__lora__final_scale=scale), tmp_path / name)
+    whole, scaled = (load_file(tmp_path / name / "checkpoints" / "step-00000005" / "trainable.safetensors")
+                     for name in ("whole", "scaled"))
+    for key, tensor in whole.items():
+        assert torch.equal(scaled[key], tensor * (0.5 if "lora_B" in key else 1.0)), key
+
+
 def test_resuming_a_finished_run_changes_nothing(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     final = train(tiny.config(), tmp_path / "run")
     before = snapshot(tmp_path)
@@ -231,6 +242,19 @@ def test_resume_from_another_run_goes_on_from_its_checkpoint(tiny: Tiny, tmp_pat
         train(tiny.config(train__max_steps=6, name="b"), tmp_path / "b", resume=str(path))
     assert final_tensors(tmp_path / "b") == final_tensors(tmp_path / "a")
     assert snapshot(tmp_path / "a") == before
+
+
+def test_resume_from_another_run_is_refused_where_it_would_undo_what_was_saved(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny.config(), tmp_path / "a")
+    config = tiny.config(name="b", train__max_steps=6)
+    with pytest.raises(Preempted, match="the same command without --resume goes on"), at_step(5, stop_signal):
+        train(config, tmp_path / "b", resume=str(tmp_path / "a"))
+    before = snapshot(tmp_path)
+    with pytest.raises(RunDirError, match="holds checkpoints of its own; leave --resume out"):
+        train(config, tmp_path / "b", resume=str(tmp_path / "a"))
+    assert snapshot(tmp_path) == before
+    train(config, tmp_path / "b")
+    assert checkpoints(tmp_path / "b")[-1] == "step-00000006"
 
 
 def test_resume_from_nothing_is_refused(tiny: Tiny, tmp_path: Path) -> None:

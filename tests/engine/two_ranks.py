@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from prlhf.distributed import rank
+from prlhf.distributed import barrier, rank
 from prlhf.engine import optim, trainer
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.objective import ReferenceLogps, RowLosses
@@ -62,6 +62,7 @@ def run_everything(tiny: Tiny, folder: Path) -> None:
     save(folder, "stopped", stopped_run(tiny, folder / "two_then_one"))
     train(resumable(tiny), folder / "one_then_two")
     save(folder, "always_nan", run_of_nans(tiny, folder / "always_nan"))
+    save(folder, "no_folder", run_without_a_place_for_checkpoints(tiny, folder / "no_folder"))
 
 
 def resumable(tiny: Tiny) -> Any:
@@ -171,3 +172,14 @@ def run_of_nans(tiny: Tiny, run_dir: Path) -> list[str]:
     return []
 
 
+def run_without_a_place_for_checkpoints(tiny: Tiny, run_dir: Path) -> list[str]:
+    """A file is where the main rank has to make their folder."""
+    if rank() == 0:
+        run_dir.mkdir()
+        (run_dir / "checkpoints").touch()
+    barrier()
+    try:
+        train(tiny.config(train__max_steps=1), run_dir)
+    except PrlhfError as error:
+        return error.messages
+    return []

@@ -285,3 +285,11 @@ def test_state_dict_loads_into_peft_and_gives_the_same_logits(family):
     # Two programs, one formula in float32: the order of a few operations differs.
     torch.testing.assert_close(_logits(theirs), _logits(ours), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(_logits(theirs), base, atol=1e-3)
+
+
+def test_the_output_layer_takes_no_adapter():
+    """It computes response tokens alone, and tied to the embeddings it could not be merged."""
+    backbone = tiny_model("llama")
+    with pytest.raises(ModelError, match="'lm_head' names the output layer"):
+        add_lora_(backbone, rank=2, alpha=4, dropout=0.0, targets=["q_proj", "lm_head"])
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
