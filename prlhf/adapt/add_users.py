@@ -44,7 +44,7 @@ def check_new(checkpoint: Path, user_ids: Sequence[str], out: Path) -> None:
     known = set(read_json(checkpoint / USER_IDS)["user_ids"])
     wrong = [f"user {quote(user)}: the checkpoint knows them already; choose another id"
              for user in user_ids if user in known]
-    wrong += [f"user {quote(user)}: no text that UTF-8 can write; choose another id"
+    wrong += [f"user {quote(user)}: is empty, or no text that UTF-8 can write; choose another id"
               for user in user_ids if not user or not _is_utf8(user)]
     if (checkpoint / STORE).is_dir():
         with UserStore.open(checkpoint / STORE) as store:

@@ -21,19 +21,17 @@ def scrub(value: Any, user_id: str) -> tuple[Any, int]:
     if isinstance(value, dict):
         count, kept = 0, {}
         for key, item in value.items():
-            of_users = {user: own for user, own in item.items() if user != user_id} if _is_by_user(key, item) else item
-            kept[key], inside = scrub(of_users, user_id)
-            count += inside + (len(item) - len(of_users) if of_users is not item else 0)
+            if key in BY_USER and isinstance(item, dict) and user_id in item:
+                item = {user: own for user, own in item.items() if user != user_id}
+                count += 1
+            kept[key], inside = scrub(item, user_id)
+            count += inside
         return kept, count
     if isinstance(value, list):
         members = [item for item in value if not is_about(item, user_id)]
         scrubbed = [scrub(item, user_id) for item in members]
         return [item for item, _ in scrubbed], len(value) - len(members) + sum(inside for _, inside in scrubbed)
     return value, 0
-
-
-def _is_by_user(key: str, item: Any) -> bool:
-    return key in BY_USER and isinstance(item, dict)
 
 
 def is_about(record: Any, user_id: str) -> bool:
