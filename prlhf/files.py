@@ -189,11 +189,13 @@ class LockFile:
 
     Args:
         guards: what the lock is for, as messages name it.
+        remedy: what to do while another process holds it.
     """
 
-    def __init__(self, path: Path, guards: Path) -> None:
+    def __init__(self, path: Path, guards: Path, *, remedy: str = "wait for it") -> None:
         self.path = path
         self.guards = guards
+        self.remedy = remedy
 
     def __enter__(self) -> LockFile:
         self.acquire()
@@ -214,7 +216,7 @@ class LockFile:
             self._file.seek(0)
             holder = self._file.read().strip() or "another process"
             self._file.close()
-            raise RunDirError(f"{self.guards}: in use by {holder}; wait for it, or choose another name=") from None
+            raise RunDirError(f"{self.guards}: in use by {holder}; {self.remedy}") from None
         if not self._is_in_place():
             self._file.close()
             raise RunDirError(f"{self.guards}: another process is just letting go of it; try again")

@@ -34,7 +34,7 @@ class RunDir:
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path = path
         self.writes = writes
-        self._lock = LockFile(path / LOCK, path)
+        self._lock = LockFile(path / LOCK, path, remedy="wait for it, or choose another name=")
         self._is_new = not path.exists()
         self._started = False
 
