@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,7 +12,9 @@ from prlhf.adapt import Judgment, fit_judgments
 from prlhf.adapt import fit as fit_module
 from prlhf.adapt.feedback import make_judgments
 from prlhf.adapt.margins import Margins
+from prlhf.adapt.new_users import likelihood
 from prlhf.adapt.population import _spread, make_population
+from prlhf.config import config_from_dict
 from prlhf.data.records import LabelledRow
 from prlhf.errors import DataError
 from prlhf.models.packing import Packing, set_up_packing_
@@ -222,3 +226,15 @@ def test_users_with_one_state_count_once_and_those_with_the_generic_one_not_at_a
     assert torch.equal(twice.states, once.states)
     assert twice.ids == (0, 1, 2, 5)
     torch.testing.assert_close(twice.prior.mean, once.prior.mean)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"loss": {"beta": 0.3}}, {"beta": 0.3, "per_token": False}),
+        ({"loss": {"kind": "simpo", "beta": 2.0}}, {"beta": 2.0, "per_token": True}),
+        ({"method": "prm"}, {"beta": 1.0}),
+    ],
+)
+def test_a_judgment_is_as_sure_as_in_the_runs_loss(settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert likelihood(config_from_dict(settings, "a.yaml")) == expected
