@@ -64,13 +64,13 @@ def generate(
 def _warn_of_cuts(
     policy: PersonalizedPolicy, prompts: Sequence[Prompt], texts: Sequence[str], max_prompt_tokens: int
 ) -> None:
-    distinct = set(zip(prompts, texts, strict=True))
-    lengths = [len(encode_prompt(policy.tokenizer, *one, max_prompt_tokens=sys.maxsize)) for one in distinct]
-    if (count := sum(length > max_prompt_tokens for length in lengths)):
-        logger.warning(
-            "%d of %d prompts are longer than %d tokens, of which the run was trained on no more, and were cut",
-            count, len(distinct), max_prompt_tokens,
-        )
+    lengths = [
+        len(encode_prompt(policy.tokenizer, prompt, text, max_prompt_tokens=sys.maxsize))
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    num_cut = sum(length > max_prompt_tokens for length in lengths)
+    if num_cut:
+        logger.warning("%d of %d prompts are longer than %d tokens and cut", num_cut, len(prompts), max_prompt_tokens)
 
 
 def generate_ids(
