@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -152,15 +153,18 @@ def hash_state(module: nn.Module) -> str:
 def describe_architecture(backbone: nn.Module) -> dict[str, Any]:
     """The backbone's configuration as JSON values: with the same weights, too, others make another model."""
     values = json.loads(cast(Any, backbone).config.to_json_string(use_diff=False))
-    return {key: value for key, value in values.items() if key not in NO_ARCHITECTURE and not key.startswith("_")}
+    kept = {key: value for key, value in values.items() if key not in NO_ARCHITECTURE and not key.startswith("_")}
+    return {"transformers": transformers.__version__, **kept}
 
 
 def changed_architecture(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two configurations, "key: before, now"; keys that one version of transformers alone has
-    count for nothing.
+    """What differs between two configurations, "key: before, now"; nothing where two versions of transformers made
+    them, which write the same model differently.
     """
-    return [f"{key}: {before[key]}, now {now[key]}" for key in sorted(before.keys() & now.keys())
-            if before[key] != now[key]]
+    if before.get("transformers") != now["transformers"]:
+        return []
+    return [f"{key}: {before.get(key)}, now {now.get(key)}" for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)]
 
 
 def save_backbone(

@@ -22,6 +22,8 @@ from prlhf.models.backbone import (
     BUILTIN_SCRATCH,
     BUILTIN_TINY,
     builtin_model_dir,
+    changed_architecture,
+    describe_architecture,
     embedding_dim,
     hash_state,
     load_backbone,
@@ -30,7 +32,7 @@ from prlhf.models.backbone import (
     position_limit,
     save_backbone,
 )
-from tests.families import FAMILIES, MAX_POSITIONS
+from tests.families import FAMILIES, MAX_POSITIONS, tiny_model
 from tests.policies import save_folder, tiny_backbone
 from tests.tokenizers import SENTENCES, tiny_tokenizer
 
@@ -262,3 +264,12 @@ def test_pickled_weights_are_never_opened(tmp_path):
     assert not canary.exists()
     pickle.loads((folder / "pytorch_model.bin").read_bytes())["model.embed_tokens.weight"].close()
     assert canary.exists(), "the pickle does no harm: nothing was tested"
+
+
+def test_architectures_are_compared_where_one_version_of_transformers_wrote_both():
+    described = describe_architecture(tiny_model("llama"))
+    assert json.loads(json.dumps(described)) == described
+    assert changed_architecture(described, described) == [] == changed_architecture({}, described)
+    other = {**described, "rms_norm_eps": 0.5}
+    assert changed_architecture(other, described) == [f"rms_norm_eps: 0.5, now {described['rms_norm_eps']}"]
+    assert changed_architecture({**other, "transformers": "0"}, described) == []
