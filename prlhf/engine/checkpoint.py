@@ -110,13 +110,7 @@ def save_checkpoint(
     # Before anything is written: a rank whose disk fails must not leave the others waiting for its parts.
     trained = gather_on_main(trained_tensors(model, lora=identity.spec.lora_rank is not None))
     moments = gather_on_main(_optimizer_tensors(model, optimizer))
-    try:
-        if is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    except DISK_PROBLEMS as error:
-        problem = error
-    _raise_together(problem, temporary, needed)  # also waits for the folder
+    _make_folder(temporary, needed)
     try:
         beat(patience_s=needed / SLOW_DISK)
         reach("checkpoint_file")
@@ -145,6 +139,18 @@ def save_checkpoint(
         best = _best_of(_steps(root), run_dir) if keep_best else None
         remove_directories(path for path in _steps(root)[:-keep_last] if path != best)
     barrier()
+
+
+def _make_folder(temporary: Path, needed: int) -> None:
+    """The main rank makes the folder, anew, and the others wait for it; where it cannot, all ranks stop."""
+    problem: Exception | None = None
+    try:
+        if is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    except OSError as error:
+        problem = error
+    _raise_together(problem, temporary, needed)
 
 
 def _write_shared_files(

@@ -50,27 +50,25 @@ def generate(
     texts = [""] * len(prompts) if user_texts is None else user_texts
     ids = [None] * len(prompts) if user_ids is None else user_ids
     encoded = [
-        encode_prompt(policy.tokenizer, prompt, text, max_prompt_tokens=max_prompt_tokens)
-        for prompt, text, _ in zip(prompts, texts, ids, strict=True)
+        _encode(policy, prompt, text, max_prompt_tokens) for prompt, text, _ in zip(prompts, texts, ids, strict=True)
     ]
-    _warn_of_cuts(policy, prompts, texts, max_prompt_tokens)
+    num_cut = sum(is_cut for _, is_cut in encoded)
+    if num_cut:
+        logger.warning("%d of %d prompts are longer than %d tokens and cut", num_cut, len(prompts), max_prompt_tokens)
+    prompt_ids = [own for own, _ in encoded]
     answers = generate_ids(
-        policy, encoded, user_ids, contexts, options=options, batch_rows=batch_rows, on_batch=on_batch
+        policy, prompt_ids, user_ids, contexts, options=options, batch_rows=batch_rows, on_batch=on_batch
     )
     decoded = [policy.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
     return [_before(text, options.stop_strings).strip() for text in decoded]
 
 
-def _warn_of_cuts(
-    policy: PersonalizedPolicy, prompts: Sequence[Prompt], texts: Sequence[str], max_prompt_tokens: int
-) -> None:
-    lengths = [
-        len(encode_prompt(policy.tokenizer, prompt, text, max_prompt_tokens=sys.maxsize))
-        for prompt, text in zip(prompts, texts, strict=True)
-    ]
-    num_cut = sum(length > max_prompt_tokens for length in lengths)
-    if num_cut:
-        logger.warning("%d of %d prompts are longer than %d tokens and cut", num_cut, len(prompts), max_prompt_tokens)
+def _encode(policy: PersonalizedPolicy, prompt: Prompt, text: str, limit: int) -> tuple[Sequence[int], bool]:
+    """Ids of a prompt, and whether it was cut to the limit."""
+    whole = encode_prompt(policy.tokenizer, prompt, text, max_prompt_tokens=sys.maxsize)
+    if len(whole) <= limit:
+        return whole, False
+    return encode_prompt(policy.tokenizer, prompt, text, max_prompt_tokens=limit), True
 
 
 def generate_ids(
