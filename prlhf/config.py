@@ -117,6 +117,7 @@ class TrainConfig:
 
     With `packing` rows are laid out without padding and responses to one prompt share it, where the backbone allows it.
     `group_pairs` shows the judgments of one pair in one step, which then computes the generic user's part once.
+    `separate_terms` runs the individual and the generic term of pdpo and prm one after the other: half the activations.
     `user_lr` is the rate of the user embeddings, `cluster_lr` that of the users' weights of shared soft prompts
     (cluster, low_rank), `encoder_lr` that of what reads a user (text, history). `max_steps: null` trains `epochs`
     epochs; the run stops after `max_skipped_steps` skipped steps in a row. A step is skipped when its loss or
@@ -131,6 +132,7 @@ class TrainConfig:
     microbatch_tokens: int = 8192
     packing: bool = True
     group_pairs: bool = False
+    separate_terms: bool = False
     lr: float = 5e-5
     user_lr: float = 1e-3
     cluster_lr: float = 1e-2

@@ -35,6 +35,7 @@ _METHODS_OF_SETTING = {
     "loss.sft_weight": ("dpo", "pdpo"),
     "model.reference": ("dpo", "pdpo"),
     "eval.generate": ("dpo", "pdpo"),
+    "train.separate_terms": PERSONAL_METHODS,
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 NAME_RULE = "up to 100 letters, digits, '.', '_' or '-', no '.' first"

@@ -292,6 +292,7 @@ def make_objective(
         "gamma": loss.gamma,
         "desirable_weight": loss.desirable_weight,
         "undesirable_weight": loss.undesirable_weight,
+        "separate_terms": config.train.separate_terms,
     }
     if config.user.prior == 0:
         return Objective(config.method, **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ LOGP_FIGURES = (
     "logps/rejected",
     "nll/chosen",
 )
+FIRST_TERM = "individual/"  # prefix of the figures of the term that is about a row's own user
 # Of unpaired rows: what is said of the liked ones is a mean over them alone, and so for the disliked ones.
 LIKED, DISLIKED = "labels/liked", "labels/disliked"
 LABELLED_COUNTS = {
@@ -78,6 +79,8 @@ class Objective:
         sft_weight: weight of the chosen response's NLL per token, in both terms.
         gamma: the margin of simpo.
         desirable_weight: of liked rows under kto; undesirable_weight of disliked ones.
+        separate_terms: the terms are computed and differentiated one after the other; see `passes`.
+        only_term: prefix of the one term that this is a pass of.
     """
 
     method: Method
@@ -89,20 +92,34 @@ class Objective:
     gamma: float = 0.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    separate_terms: bool = False
+    only_term: str | None = None
 
     @property
     def terms(self) -> dict[str, float]:
         """Prefix of a term's figures -> its weight; what has none is not computed."""
         if not self.is_personal:
             return {"": 1.0}
-        weights = {"individual/": self.alpha, "generic/": 1 - self.alpha}
-        return {prefix: weight for prefix, weight in weights.items() if weight > 0}
+        weights = {FIRST_TERM: self.alpha, "generic/": 1 - self.alpha}
+        return {
+            prefix: weight for prefix, weight in weights.items() if weight > 0 and self.only_term in (None, prefix)
+        }
+
+    def passes(self) -> list[Objective]:
+        """What is computed and differentiated one after the other: all of it at once, or each term.
+
+        A loss is a sum over terms, so the losses of the passes add up to the whole, and so do the gradients, while the
+        activations of one term alone are alive at any time. Figures of several passes have equal values.
+        """
+        if not self.separate_terms or len(self.terms) == 1:
+            return [self]
+        return [replace(self, separate_terms=False, only_term=prefix) for prefix in self.terms]
 
     def read_as(self, batch: PairBatch | LabelledBatch) -> list[Term]:
         """How each term reads a batch: as its users, as the generic user, or without soft prompt."""
         ways = {
             "": Term(None, None, shared=True),
-            "individual/": Term(batch.user_ids, batch.context, shared=False),
+            FIRST_TERM: Term(batch.user_ids, batch.context, shared=False),
             "generic/": Term(torch.full_like(batch.user_ids, GENERIC_USER_ID), None, shared=True),
         }
         return [ways[prefix] for prefix in self.terms]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prlhf.data.collate import LabelledBatch, PairBatch, ResponseBatch
-from prlhf.engine.objective import Objective, ReferenceLogps, RowLosses
+from prlhf.engine.objective import FIRST_TERM, Objective, ReferenceLogps, RowLosses
 from prlhf.losses import gaussian_prior
 from prlhf.models.policy import PersonalizedPolicy
 from prlhf.models.reward import PersonalizedRewardModel
@@ -41,6 +41,8 @@ class ShrunkObjective(Objective):
         """Losses with the prior's shares in them."""
         assert model.user_encoder is not None
         out = super().__call__(model, batch, reference, kl)
+        if self.only_term not in (None, FIRST_TERM):
+            return out
         # The generic user has no rows of its own and no deviation.
         counts = self.rows_of_user[batch.user_ids].clamp(min=1)
         shares = gaussian_prior(model.user_encoder.deviations(batch.user_ids), counts, precision=self.precision)

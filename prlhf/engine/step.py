@@ -56,14 +56,21 @@ def accumulate_gradients_(
             num_global_rows=num_global_rows,
             autocast=autocast,
         )
+    passes = objective.passes()
+    kls = len(passes) * [kl] if kl is None or len(passes) == 1 else kl.split(1)
     for batch in batches:
+        sums: dict[str, Tensor] = {}
         with autocast():
-            row_losses = objective(model, batch, reference_of(batch), kl)
-        loss = row_losses.losses.sum() / num_global_rows
-        (0 * loss if batch.is_idle else loss).backward()
+            reference = reference_of(batch)
+        for part, own_kl in zip(passes, kls, strict=True):
+            with autocast():
+                row_losses = part(model, batch, reference, own_kl)
+            loss = row_losses.losses.sum() / num_global_rows
+            (0 * loss if batch.is_idle else loss).backward()
+            sums = {**row_losses.sums, **sums, "loss": row_losses.sums["loss"] + sums.get("loss", 0)}
         if batch.is_idle:
             continue
-        for name, value in row_losses.sums.items():
+        for name, value in sums.items():
             result.sums[name] = result.sums[name] + value if name in result.sums else value
         result.num_rows += batch.num_rows
         result.num_tokens += batch.num_tokens

@@ -54,6 +54,7 @@ MAY_CHANGE_ON_RESUME = (
     "checkpoint",
     "train.microbatch_tokens",
     "train.packing",
+    "train.separate_terms",
     "train.compile",
     "train.parallel",
     "train.log_every",
@@ -216,7 +217,7 @@ def _cut(job: Job, indices: list[int]) -> list[list[int]]:
     """Micro-batches of a step's rows: by their tokens where rows are packed, by their padded size elsewhere."""
     limit, num_soft = job.config.train.microbatch_tokens, job.model.soft_prompt.num_user_tokens
     if job.model.packing is not None:
-        num_terms = len(job.objective.terms)
+        num_terms = len(job.objective.passes()[0].terms)
         return cut_packs(indices, lambda i: num_terms * (job.rows[i].num_packed_tokens + num_soft), limit)
     copies = 1 if job.config.method == "sft" else 2
     return cut_microbatches(indices, lambda i: copies * (job.rows[i].num_tokens + num_soft), limit)
