@@ -29,11 +29,12 @@ def generate(
     user_texts: Sequence[str] | None = None,
     contexts: Sequence[Context] | None = None,
     options: SamplingOptions = DEFAULTS,
+    streams: Sequence[int] | None = None,
     max_prompt_tokens: int = 512,
     batch_rows: int = 32,
     on_batch: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Answers to prompts, each in its user's way; an answer does not depend on what else is in its batch.
+    """Answers to prompts, each in its user's way; with the same stream, whatever else is answered beside it.
 
     Args:
         prompts: N texts or message lists.
@@ -41,6 +42,7 @@ def generate(
         user_texts: N texts about the users, which stand before the prompt; none by default.
         contexts: what an encoder reads about the N users, such as `policy.contexts.of_user(...)` of a known user or
             `policy.contexts.read_text(...)` of anybody; the generic user by default.
+        streams: N numbers, with `options.seed` the seed of each row's draws; 0 to N - 1 by default.
         max_prompt_tokens: longer prompts are cut as for training, see `encode_prompt`.
         batch_rows: prompts answered at the same time.
         on_batch: called before prompts are read; may raise to stop.
@@ -57,7 +59,14 @@ def generate(
         logger.warning("%d of %d prompts are longer than %d tokens and cut", num_cut, len(prompts), max_prompt_tokens)
     prompt_ids = [own for own, _ in encoded]
     answers = generate_ids(
-        policy, prompt_ids, user_ids, contexts, options=options, batch_rows=batch_rows, on_batch=on_batch
+        policy,
+        prompt_ids,
+        user_ids,
+        contexts,
+        options=options,
+        streams=streams,
+        batch_rows=batch_rows,
+        on_batch=on_batch,
     )
     decoded = [policy.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in answers]
     return [_before(text, options.stop_strings).strip() for text in decoded]
@@ -88,7 +97,7 @@ def generate_ids(
         prompt_ids: N prompts, BOS first where the tokenizer has one.
         user_ids: as for `generate`.
         contexts: likewise.
-        streams: N numbers that set apart the draws of rows under one seed; 0 to N - 1 by default.
+        streams: likewise.
         batch_rows: as for `generate`.
         on_batch: likewise.
     Raises: DataError: as `generate`.

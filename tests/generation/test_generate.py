@@ -176,6 +176,14 @@ def test_equal_rows_are_answered_by_draws_of_their_own():
     assert len({tuple(answer) for answer in answers}) == 4
 
 
+def test_a_row_with_its_stream_is_answered_alone_as_among_others():
+    policy = tiny_policy()
+    whole = generate(policy, TEXTS, [0, 1, 2], options=SAMPLED, streams=[7, 1, 4])
+    alone = [generate(policy, [TEXTS[i]], [i], options=SAMPLED, streams=[(7, 1, 4)[i]])[0] for i in range(3)]
+    assert alone == whole
+    assert generate(policy, [TEXTS[2]], [2], options=SAMPLED, streams=[5])[0] != whole[2]
+
+
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_texts_do_not_depend_on_how_prompts_are_batched(options):
     policy = tiny_policy()
