@@ -27,8 +27,9 @@ VARIANTS = [path for path in EXPERIMENTS if "_" in path.stem and base_of(path).i
 
 def test_there_are_experiments() -> None:
     names = {path.stem for path in EXPERIMENTS}
-    variants = {base + suffix for base in ("psoups", "prism") for suffix in ("", "_vanilla", "_cluster")}
-    assert {*variants, "builtin_base"} <= names
+    suffixes = ("", "_vanilla", "_cluster", "_low_rank", "_history", "_prm", "_prm_vanilla")
+    variants = {base + suffix for base in ("psoups", "tldr", "prism", "convarg") for suffix in suffixes}
+    assert {*variants, "prism_text", "builtin_base"} <= names
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
