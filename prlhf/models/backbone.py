@@ -24,6 +24,7 @@ from prlhf.errors import DataError, ModelError
 
 BUILTIN_TINY = "builtin:tiny"
 BUILTIN_SCRATCH = "builtin:scratch"
+SUPERVISED_TLDR = "runs/builtin_tldr/model"  # where the tldr experiments expect it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_NAMES_SHOWN = 5
 PROBE_PROMPT = "Why?"
@@ -91,6 +92,9 @@ def resolve_backbone(name: str) -> Path | str:
             raise ModelError(f"model.backbone {name!r}: {path} has no config.json; give a transformers folder")
         return path
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    if name == SUPERVISED_TLDR:
+        raise ModelError(f"model.backbone {name!r}: not there yet; `make train EXP=tldr` trains it first, from "
+                         "experiments/builtin_tldr.yaml")
     if not looks_like_hub_id:
         raise ModelError(f"model.backbone {name!r}: no folder {path}; give a transformers folder or a hub id")
     return name

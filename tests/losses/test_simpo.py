@@ -52,6 +52,7 @@ def test_gradients_are_right():
     inputs = [rows.clone().requires_grad_() for rows in (CHOSEN, REJECTED)]
     assert torch.autograd.gradcheck(lambda c, r: simpo_loss(c, r, *LENGTHS, beta=2.0, gamma=0.5).losses, inputs)
     assert torch.autograd.gradcheck(lambda c, r: orpo_term(c, r, *LENGTHS), inputs)
+    assert torch.autograd.gradcheck(lambda c, r: orpo_loss(c, r, *LENGTHS, beta=0.5).losses, inputs)
 
 
 @pytest.mark.parametrize(
