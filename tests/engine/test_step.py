@@ -138,6 +138,14 @@ def test_gradient_is_that_of_the_mean_row_loss(tiny: Tiny) -> None:
     assert_same(gradients_of(job, batches, len(rows)), expected)
 
 
+@pytest.mark.parametrize("variant", ["pdpo_individual", "prm_individual"])
+def test_with_alpha_0_the_generic_user_alone_has_a_gradient(tiny: Tiny, variant: str) -> None:
+    gradients = gradients_of_step(cut_config(tiny, variant, loss__alpha=0.0), FULL_STEP)
+    assert "user_encoder.offsets" in perturbed_job(cut_config(tiny, variant)).model.trainable()
+    assert "user_encoder.offsets" not in gradients or not gradients["user_encoder.offsets"].any()
+    assert gradients["user_encoder.generic"].abs().max() > 0
+
+
 @pytest.mark.parametrize("lora", [{}, {"model__lora": None}], ids=["lora", "full"])
 def test_the_losses_of_20_steps_over_packed_rows_are_those_over_padded_rows(tiny: Tiny, lora: dict[str, None]) -> None:
     curves = []

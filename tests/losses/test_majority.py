@@ -102,6 +102,21 @@ def test_pdpo_serves_two_users_of_opposite_taste():
     torch.testing.assert_close(gap, torch.zeros_like(gap), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("loss", ["pdpo", "prm"])
+def test_with_alpha_0_a_users_offset_has_a_gradient_of_exactly_0(loss):
+    users = IndividualUserModel(num_users=2, num_user_tokens=1, dim=2).double()
+    user_ids = torch.tensor([1, 2, 2])
+    own, generic = (users(ids)[:, 0].unbind(dim=1) for ids in (user_ids, torch.zeros_like(user_ids)))
+    if loss == "pdpo":
+        reference = (torch.zeros(3), torch.ones(3))
+        out = pdpo_loss(*own, *generic, *reference, alpha=0.0, beta=BETA)
+    else:
+        out = prm_loss(*own, *generic, alpha=0.0)
+    out.losses.sum().backward()
+    assert not users.offsets.grad.to_dense().any()
+    assert users.generic.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize("num_first", [1, 3, 5, 6, 9])
 def test_a_vanilla_reward_model_learns_the_share_of_the_users(num_first):
     choices = torch.tensor([0] * num_first + [1] * (10 - num_first))
