@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     selftest = commands.add_parser("selftest", help="a tiny job under faults: whether nothing is lost")
     add_selftest_arguments(selftest)
     selftest.set_defaults(run=run_selftest)
+    _add_recipe_commands(commands)
     commands.add_parser("env", help="print versions and hardware").set_defaults(run=_env)
     return parser
 
@@ -123,6 +124,16 @@ def _add_generation_commands(commands: Any) -> None:
         command.add_argument("--seed", type=int, default=123)
     generate.set_defaults(run=_generate)
     chat.set_defaults(run=_chat)
+
+
+def _add_recipe_commands(commands: Any) -> None:
+    recipes = commands.add_parser("recipes", help="the shipped experiments: list them, copy them")
+    actions = recipes.add_subparsers(dest="action", required=True, metavar="ls|cp")
+    actions.add_parser("ls", help="their names and what they are").set_defaults(run=_list_recipes)
+    copy = actions.add_parser("cp", help="copy some into a folder, to change and to train")
+    copy.add_argument("names", nargs="+", metavar="NAME", help="such as psoups or paper/tldr")
+    copy.add_argument("--out", type=Path, default=Path("experiments"), metavar="DIR", help="default: experiments")
+    copy.set_defaults(run=_copy_recipes)
 
 
 def _add_data_commands(commands: Any) -> None:
@@ -329,6 +340,22 @@ def _check_data(args: argparse.Namespace) -> int:
     from prlhf.engine.check_data import check_data
 
     sys.stdout.write(check_data(args.target, args.overrides))
+    return 0
+
+
+def _list_recipes(args: argparse.Namespace) -> int:
+    from prlhf.recipes import list_recipes
+
+    recipes = list_recipes()
+    width = max(map(len, recipes))
+    sys.stdout.writelines(f"{name:{width}}  {words}\n" for name, words in recipes.items())
+    return 0
+
+
+def _copy_recipes(args: argparse.Namespace) -> int:
+    from prlhf.recipes import copy_recipes
+
+    sys.stdout.writelines(f"{path}\n" for path in copy_recipes(args.names, args.out))
     return 0
 
 

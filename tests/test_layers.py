@@ -18,7 +18,7 @@ LAYERS = [
     {"config_checks"},
     {"config"},
     {"engine"},
-    {"adapt", "serving"},
+    {"adapt", "recipes", "serving"},
     {"cli"},
     {"__main__"},
 ]

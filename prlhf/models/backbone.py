@@ -93,8 +93,9 @@ def resolve_backbone(name: str) -> Path | str:
         return path
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
     if name == SUPERVISED_TLDR:
-        raise ModelError(f"model.backbone {name!r}: not there yet; `make train EXP=tldr` trains it first, from "
-                         "experiments/builtin_tldr.yaml")
+        raise ModelError(f"model.backbone {name!r}: not there yet; `make train EXP=tldr` trains it first, or do so by "
+                         "`prlhf train experiments/builtin_tldr.yaml` and "
+                         f"`python -m prlhf.engine.write_builtin runs/builtin_tldr --out {name}`")
     if not looks_like_hub_id:
         raise ModelError(f"model.backbone {name!r}: no folder {path}; give a transformers folder or a hub id")
     return name
