@@ -66,7 +66,7 @@ test-slow: $(INSTALLED) ## Run the slow tests
 bench: .venv/.bench ## Time training steps, generation and users; tables go to docs/benchmarks.md [ARGS="--repeats 3 --shapes tldr"]
 	mkdir -p runs/bench
 	$(BIN)/python -m benchmarks.cpu --out runs/bench/steps.json --document docs/benchmarks.md $(ARGS)
-	$(BIN)/python -m benchmarks.generation --document docs/benchmarks.md
+	$(BIN)/python -m benchmarks.generation --out runs/bench/generation.json --document docs/benchmarks.md
 	$(BIN)/python -m benchmarks.users --directory runs/bench/users --out runs/bench/users.json --document docs/benchmarks.md
 
 lint: $(INSTALLED) ## Check style and types

@@ -1,6 +1,6 @@
 """Greedy answers on this machine: a batch of users against the authors' way, one prompt at a time without a cache.
 
-    python -m benchmarks.generation --repeats 5 --document docs/benchmarks.md
+    python -m benchmarks.generation --repeats 5 --out generation.json --document docs/benchmarks.md
 
 The model is `builtin:tiny`, every prompt has a user of its own and 10 soft tokens, lengths are log-normal, and every
 answer is 64 tokens long (EOS is made unlikely). The authors' way is transformers' `generate` on ids with
@@ -12,6 +12,7 @@ thread seconds are the processor's, which other work on the machine disturbs les
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import time
@@ -119,8 +120,10 @@ def is_near_tie(policy: PersonalizedPolicy, row: Row, answer: Sequence[int], oth
     return bool(best[0] - best[1] < NEAR_TIE)
 
 
-def measure(num_prompts: int, *, repeats: int, authors_rows: int, seed: int, clock: Callable[[], float]) -> list[str]:
-    """A row of the table."""
+def measure(
+    num_prompts: int, *, repeats: int, authors_rows: int, seed: int, clock: Callable[[], float]
+) -> dict[str, Any]:
+    """Medians over repeats, the ratios of all, and how many of the compared answers agree."""
     policy, rng = make_policy(num_prompts), np.random.default_rng(seed)
     ratios, rates, parted, ties, compared = [], [], 0, 0, 0
     stride = max(1, num_prompts // authors_rows)
@@ -149,9 +152,33 @@ def measure(num_prompts: int, *, repeats: int, authors_rows: int, seed: int, clo
                 parted += 1
                 ties += is_near_tie(policy, rows[i], ours, theirs)
     ours, theirs = (statistics.median(speeds) for speeds in zip(*rates, strict=True))
-    spread = f"{min(ratios):.1f} to {max(ratios):.1f}"
-    same = f"{compared - parted} of {compared}, {ties} after a near tie"
-    return [str(num_prompts), f"{theirs:.0f}", f"{ours:.0f}", f"{statistics.median(ratios):.1f}", spread, same]
+    return {
+        "prompts": num_prompts,
+        "authors_tokens_per_s": theirs,
+        "prlhf_tokens_per_s": ours,
+        "ratios": ratios,
+        "answers_compared": compared,
+        "answers_equal": compared - parted,
+        "answers_parted_at_a_near_tie": ties,
+    }
+
+
+def format_results(results: Sequence[dict[str, Any]]) -> str:
+    """A row a number of prompts."""
+    header = ["prompts", "authors' way, tokens/s", "prlhf, tokens/s", "ratio", "range", "answers that agree"]
+    rows = [
+        [
+            str(result["prompts"]),
+            f"{result['authors_tokens_per_s']:.0f}",
+            f"{result['prlhf_tokens_per_s']:.0f}",
+            f"{statistics.median(result['ratios']):.1f}",
+            f"{min(result['ratios']):.1f} to {max(result['ratios']):.1f}",
+            f"{result['answers_equal']} of {result['answers_compared']}, "
+            f"{result['answers_parted_at_a_near_tie']} after a near tie",
+        ]
+        for result in results
+    ]
+    return make_table(header, rows)
 
 
 def main() -> None:
@@ -162,16 +189,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=int, nargs="+", default=list(NUM_PROMPTS))
     parser.add_argument("--authors-rows", type=int, default=4, help="prompts that the authors' way answers a repeat")
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--document", type=Path, help="also put the table into this Markdown file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = time.process_time if args.threads == 1 else time.perf_counter
     settings = {"repeats": args.repeats, "authors_rows": args.authors_rows, "seed": args.seed, "clock": clock}
-    header = ["prompts", "authors' way, tokens/s", "prlhf, tokens/s", "ratio", "range", "answers that agree"]
-    table = make_table(header, [measure(count, **settings) for count in args.prompts])
+    results = [measure(count, **settings) for count in args.prompts]
+    table = format_results(results)
     sys.stdout.write(table + "\n")
+    setting = {"torch": torch.__version__, "threads": args.threads, "repeats": args.repeats, "seed": args.seed}
+    if args.out:
+        args.out.write_text(json.dumps({"setting": setting, "results": results}, indent=2) + "\n", encoding="utf-8")
     if args.document:
-        setting = {"torch": torch.__version__, "threads": args.threads, "repeats": args.repeats, "seed": args.seed}
         about = describe_run("python -m benchmarks.generation", **setting)
         write_section(args.document, "generation", f"{about}\n\n{table}")
 

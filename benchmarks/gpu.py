@@ -12,6 +12,7 @@ trees a row, nothing for recomputation or adapters. Micro-batches are halved unt
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import platform
@@ -29,6 +30,7 @@ import transformers
 from transformers import LlamaConfig
 
 from benchmarks.cpu import matmul_rate, synchronize, useful_flops
+from benchmarks.document import describe_run
 from benchmarks.memory import memory_kib
 from benchmarks.ways import ALPHA, BETA, NUM_USER_TOKENS, NUM_USERS, make_policy
 from prlhf.data.collate import PairBatch, collate_pairs
@@ -294,9 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for job in args.jobs:
         model, lora = JOBS[job]
         results.append(measure_what_fits(setting, model, lora=lora))
-        figures = {"setting": versions, "results": results}
+        figures = {"date": datetime.date.today().isoformat(), "setting": versions, "results": results}
         args.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        args.out.with_suffix(".md").write_text(format_results(results) + "\n", encoding="utf-8")
+        about = describe_run("python -m benchmarks.gpu", **versions)
+        args.out.with_suffix(".md").write_text(f"{about}\n\n{format_results(results)}\n", encoding="utf-8")
         gc.collect()
     sys.stdout.write(format_results(results) + "\n")
 

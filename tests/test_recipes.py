@@ -22,7 +22,8 @@ def test_ls_names_every_experiment_and_says_what_it_is(capsys: pytest.CaptureFix
     names = [line.split()[0] for line in lines]
     assert names == [str(path.relative_to(ROOT).with_suffix("")) for path in sorted(ROOT.rglob("*.yaml"))]
     assert all(len(line.split()) > 3 for line in lines), "each file begins with a comment"
-    assert next(line for line in lines if line.startswith("paper/psoups ")).endswith("Li et al. 2024 (README.md beside this file)")
+    of_the_paper = next(line for line in lines if line.startswith("paper/psoups "))
+    assert of_the_paper.endswith("Li et al. 2024 (README.md beside this file)")
 
 
 def test_cp_copies_what_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,9 @@ def test_one_command_measures_every_job_and_writes_figures_and_table(tmp_path: P
         # A tree has a prompt of 40 to 119 tokens, 10 of the soft prompt, and two responses that end at 160.
         assert 2 * 201 < result["tokens_per_s"] / result["rows_per_s"] < 2 * 281
         assert len(result["losses"]) == 3 and all(abs(loss - math.log(2)) < 0.2 for loss in result["losses"])
-    assert len(out.with_suffix(".md").read_text().strip().splitlines()) == 2 + 3
+    about, _, *table = out.with_suffix(".md").read_text().strip().splitlines()
+    assert about.startswith("20") and "`python -m benchmarks.gpu`" in about and "torch" in about
+    assert len(table) == 2 + 3
 
 
 def test_without_a_gpu_it_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
