@@ -132,6 +132,32 @@ def test_a_vanilla_reward_model_learns_the_share_of_the_users(num_first):
     assert gap.sigmoid().item() == pytest.approx(num_first / 10, abs=1e-4)
 
 
+def test_among_three_responses_wins_are_as_many_as_expected_of_the_scores():
+    """sum_j n_ij (p_ij - sigmoid(r_i - r_j)) = 0 for each response i, though no scores give the shares of a cycle."""
+    wins = torch.tensor([[0, 7, 2], [3, 0, 6], [4, 2, 0]], dtype=torch.float64)  # [i, j]: how often i beat j
+    won, lost = torch.tensor([(i, j) for i in range(3) for j in range(3) for _ in range(int(wins[i, j]))]).T
+    scores = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    _minimise([scores], lambda: bradley_terry_loss(scores[won], scores[lost]).losses.mean())
+    expected = (scores[:, None] - scores[None, :]).detach().sigmoid()
+    number = wins + wins.T
+    gaps = wins - number * expected
+    assert gaps.sum(dim=1).abs().max().item() < 1e-4
+    assert gaps.abs().max() > 0.1, "no pair's share alone"
+
+
+@pytest.mark.parametrize("loss", ["pdpo", "prm"])
+def test_with_alpha_1_the_generic_prompt_learns_through_the_users(loss):
+    users = IndividualUserModel(num_users=2, num_user_tokens=1, dim=2).double()
+    ids = torch.tensor([1, 2, 2])
+    own, generic = (users(rows)[:, 0].unbind(dim=1) for rows in (ids, torch.zeros_like(ids)))
+    out = prm_loss(*own, *generic, alpha=1.0)
+    if loss == "pdpo":
+        out = pdpo_loss(*own, *generic, torch.zeros(3), torch.ones(3), alpha=1.0, beta=BETA)
+    out.losses.sum().backward()
+    torch.testing.assert_close(users.generic.grad, users.offsets.grad.to_dense().sum(dim=0))
+    assert users.generic.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize("num_first", [1, 3])
 def test_prm_serves_minority_and_majority(num_first):
     """Four users judge one pair; each one's soft prompt is that user's two scores."""
