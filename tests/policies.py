@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -103,4 +104,16 @@ def save_folder(
     tokenizer = tiny_tokenizer(variant)
     backbone = tiny_backbone(family, tokenizer, seed=seed, positions=positions)
     save_backbone(backbone, tokenizer, folder, dtype="float32")
+    return str(folder)
+
+
+def give_longrope_(folder: Path, original_positions: int) -> str:
+    """Make a saved model's rotary frequencies those of a call: others for all rows once one is longer than that."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    dim = config["hidden_size"] // config["num_attention_heads"] // 2
+    factors = {"short_factor": [1.0] * dim, "long_factor": [4.0] * dim, "factor": 8.0}
+    config["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
+    config["original_max_position_embeddings"] = original_positions
+    path.write_text(json.dumps(config))
     return str(folder)

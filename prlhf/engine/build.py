@@ -41,7 +41,7 @@ from prlhf.models.assemble import (
     make_policy,
     make_reward_model,
 )
-from prlhf.models.backbone import pad_token_id, position_limit
+from prlhf.models.backbone import describe_positions, pad_token_id, position_limit
 from prlhf.models.blocks import checkpoint_blocks_, compile_blocks_
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
@@ -311,11 +311,12 @@ def tokenize_limits(config: Config, model: PersonalizedModel) -> dict[str, Any]:
 
 
 def check_positions(model: PersonalizedModel, max_tokens: int) -> None:
-    """Refuse sequences longer than the model's positions: they would wrap or fail mid-run."""
+    """Refuse sequences longer than the model's positions: they would wrap, fail mid-run or change their neighbours."""
     limit = position_limit(model.backbone)
     if limit is not None and max_tokens > limit:
         raise ConfigError(
-            f"data.max_tokens: got {max_tokens}, but the backbone has {limit} positions; use at most {limit}"
+            f"data.max_tokens: got {max_tokens}, but the backbone has {describe_positions(model.backbone)}; "
+            f"use at most {limit}"
         )
 
 

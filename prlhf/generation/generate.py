@@ -14,7 +14,7 @@ from prlhf.errors import DataError
 from prlhf.generation.choose import Answer
 from prlhf.generation.decode import Request, decode
 from prlhf.generation.options import SamplingOptions
-from prlhf.models.backbone import position_limit
+from prlhf.models.backbone import describe_positions, position_limit
 from prlhf.models.policy import PersonalizedPolicy
 
 DEFAULTS = SamplingOptions()
@@ -135,7 +135,7 @@ def _check_lengths(policy: PersonalizedPolicy, requests: Sequence[Request], opti
     if limit is not None and longest + options.max_new_tokens > limit:
         raise DataError(
             f"prompt: {longest} positions and {options.max_new_tokens} new tokens, but the backbone has "
-            f"{limit}; shorten the prompt or lower max_new_tokens"
+            f"{describe_positions(policy.backbone)}; shorten the prompt or lower max_new_tokens"
         )
 
 

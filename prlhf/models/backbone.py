@@ -142,8 +142,30 @@ def embedding_dim(backbone: nn.Module) -> int:
 
 
 def position_limit(backbone: nn.Module) -> int | None:
-    """Positions the model was built for; None when its config does not say."""
-    return getattr(cast(Any, backbone).config.get_text_config(), "max_position_embeddings", None)
+    """Positions that a sequence may have, soft prompt included; None when the config does not say.
+
+    Those the model was built for, or those up to which its rotary frequencies stand still: under "longrope" a single
+    position beyond them gives all rows of a call others. Under "dynamic" they stand still as far as it was built for.
+    """
+    config = cast(Any, backbone).config.get_text_config()
+    limits = (getattr(config, "max_position_embeddings", None), _longrope_limit(config))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def describe_positions(backbone: nn.Module) -> str:
+    """What a message says of `position_limit`, as in "the backbone has ..."."""
+    limit = position_limit(backbone)
+    if limit == _longrope_limit(cast(Any, backbone).config.get_text_config()):
+        return f"{limit} positions up to its original_max_position_embeddings, beyond which a row changes others"
+    return f"{limit} positions"
+
+
+def _longrope_limit(config: Any) -> int | None:
+    """`original_max_position_embeddings` where rotary frequencies depend on it call by call, else None."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, Mapping)]  # one, or one a type of layer
+    longrope = [part for part in parts if part.get("rope_type") == "longrope"]
+    return min((part["original_max_position_embeddings"] for part in longrope), default=None)
 
 
 def hash_state(module: nn.Module) -> str:

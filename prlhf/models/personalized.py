@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from prlhf.data.collate import PairBatch, ResponseBatch
 from prlhf.data.context import ContextBatch, UserContexts, collate_contexts
 from prlhf.data.records import GENERIC_USER_ID, UserIndex
-from prlhf.models.backbone import input_embedding, pad_token_id
+from prlhf.errors import DataError
+from prlhf.models.backbone import describe_positions, input_embedding, pad_token_id
 from prlhf.models.packing import Pack, Packing, Term, make_pack
 from prlhf.models.soft_prompt import SoftPromptAdapter
 from prlhf.usermodel import UserContext, UserModel
@@ -50,6 +51,7 @@ class PersonalizedModel(nn.Module, ABC):
             num_user_tokens=0 if user_encoder is None else user_encoder.num_user_tokens,
         )
         self.packing: Packing | None = None  # set by whoever tried the backbone; None: rows are padded
+        self.max_positions: int | None = None  # of a sequence, set by whoever loads the backbone; None: any number
         self.base_sha256 = ""  # of the backbone's weights before training, set by whoever loads them
         self.base_config: dict[str, Any] = {}  # its architecture, likewise
         self.complete_()
@@ -100,8 +102,15 @@ class PersonalizedModel(nn.Module, ABC):
         return self.term_values(batch, [Term(user_ids, context, shared=user_ids is None)])[0]
 
     def term_values(self, batch: PairBatch | ResponseBatch, terms: Sequence[Term]) -> list[tuple[Tensor, Tensor]]:
-        """`sequence_values` of a batch read in several ways, in one forward pass where rows can be packed."""
+        """`sequence_values` of a batch read in several ways, in one forward pass where rows can be packed.
+
+        Raises: DataError: a sequence longer than the backbone's positions.
+        """
         num_soft = self.soft_prompt.num_user_tokens
+        longest = max(map(sum, batch.lengths)) + (num_soft if any(term.user_ids is not None for term in terms) else 0)
+        if self.max_positions is not None and longest > self.max_positions:
+            raise DataError(f"a row of {longest} tokens, but the backbone has {describe_positions(self.backbone)}; "
+                            "shorten it or lower data.max_tokens")
         if self.packing is None or not self.packing.fits(batch, num_soft):
             return [self.padded_values(batch, term.user_ids, term.context) for term in terms]
         pack = make_pack(batch, terms, num_soft=num_soft, num_bos=self.soft_prompt.num_bos)

@@ -111,7 +111,7 @@ class Reference:
         if frozen_copy:
             backbone = copy.deepcopy(policy.backbone).requires_grad_(False)
             frozen = PersonalizedPolicy(backbone, policy.tokenizer).eval()
-            frozen.packing = policy.packing
+            frozen.packing, frozen.max_positions = policy.packing, policy.max_positions
             policy = frozen
         self.policy = policy
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from prlhf.engine.build import build_job, hash_rows, make_autocast, make_spec, pick_device
 from prlhf.errors import ConfigError, DataError, ModelError
 from tests.engine.two_ranks import read
+from tests.policies import give_longrope_
 from tests.tiny_run import MAX_POSITIONS, NUM_TRAIN_ROWS, Tiny, write_jsonl
 
 
@@ -79,6 +81,14 @@ def test_batch_rows_that_two_ranks_cannot_share_are_refused(two_ranks: Path) -> 
 def test_sequences_beyond_the_positions_are_refused(tiny: Tiny) -> None:
     with pytest.raises(ConfigError, match=f"data.max_tokens: got {MAX_POSITIONS + 1}.*{MAX_POSITIONS} positions"):
         build_job(tiny.config(data__max_tokens=MAX_POSITIONS + 1))
+
+
+def test_sequences_that_change_the_frequencies_of_those_beside_them_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = give_longrope_(Path(shutil.copytree(tiny.model, tmp_path / "model")), 150)
+    build_job(tiny.config(model__backbone=folder, data__max_tokens=150))
+    expected = "data.max_tokens: got 151, but the backbone has 150 positions up to its original_max_position_embeddings"
+    with pytest.raises(ConfigError, match=f"{expected}.*use at most 150"):
+        build_job(tiny.config(model__backbone=folder, data__max_tokens=151))
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

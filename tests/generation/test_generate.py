@@ -15,9 +15,10 @@ from transformers import GenerationConfig
 from prlhf.data.records import Message
 from prlhf.errors import ConfigError, DataError
 from prlhf.generation import SamplingOptions, generate, generate_ids
+from prlhf.models import PolicySpec, make_policy
 from prlhf.models.policy import PersonalizedPolicy
 from tests.families import FAMILIES, MAX_POSITIONS
-from tests.policies import NUM_USER_TOKENS, tiny_policy
+from tests.policies import NUM_USER_TOKENS, give_longrope_, save_folder, tiny_policy
 from tests.tokenizers import VARIANTS
 
 GREEDY = SamplingOptions(max_new_tokens=12, temperature=0)
@@ -220,6 +221,15 @@ def test_a_prompt_is_refused_when_it_and_the_answer_exceed_the_models_positions(
     generate_ids(policy, [[0, 5], fitting], users, options=GREEDY)
     with pytest.raises(DataError, match=f"245 positions and 12 new tokens, but the backbone has {MAX_POSITIONS}"):
         generate_ids(policy, [[0, 5], [*fitting, 9]], users, options=GREEDY)
+
+
+def test_an_answer_that_would_change_the_frequencies_of_those_beside_it_is_refused(tmp_path):
+    save_folder(tmp_path, family="phi3")
+    folder = give_longrope_(tmp_path, 32)
+    policy = make_policy(PolicySpec(backbone=folder, dtype="float32", seed=0, user_kind="none"), [])
+    generate_ids(policy, [[0, 5], [0, *[9] * 19]], None, options=GREEDY)
+    with pytest.raises(DataError, match="21 positions and 12 new tokens, .* 32 positions up to its original_max_posit"):
+        generate_ids(policy, [[0, 5], [0, *[9] * 20]], None, options=GREEDY)
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_any_work_is_done():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from prlhf.engine.checkpoint import Progress, RunIdentity, save_checkpoint
-from prlhf.errors import CheckpointError
+from prlhf.errors import CheckpointError, DataError
 from prlhf.files import seal_directory
 from prlhf.models import PersonalizedPolicy, PolicySpec, load_policy, make_policy
 from prlhf.models.assemble import (
@@ -28,7 +28,7 @@ from prlhf.models.assemble import (
 from prlhf.models.backbone import input_embedding, load_backbone
 from prlhf.models.policy import Reference
 from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts
-from tests.policies import make_batch, randomize_, save_folder
+from tests.policies import give_longrope_, make_batch, make_row, randomize_, save_folder
 
 USER_IDS = ["ann", "Ā/../bob"]
 PROBES = [(0, 9, 40, 5, 17, 31, 8), (0, 66, 12)]
@@ -266,3 +266,24 @@ def test_uniform_users_start_inside_the_range_and_by_the_seed_alone(tmp_path):
     assert torch.equal(torch.random.get_rng_state(), before)
     # 96 draws from [-0.25, 0.25]: all within, and the largest close to the end.
     assert 0.2 < start(1).abs().max() <= 0.25
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_a_row_that_would_change_the_frequencies_of_those_beside_it_is_refused(family, packed, tmp_path):
+    save_folder(tmp_path, family=family)
+    policy = make_policy(_spec(give_longrope_(tmp_path, 32), user_kind="none"), []).eval()
+    assert policy.packing is not None
+    policy.packing = policy.packing if packed else None
+    short = make_row(policy, 0, user_id=0, lengths=(4, 6, 3))
+    # With BOS 32 positions, and 33.
+    fitting, long = (make_row(policy, 1, user_id=0, lengths=(11, 5, response)) for response in (20, 21))
+    with torch.no_grad():
+        alone = policy.logps(make_batch(policy, [short]), None)
+        beside = policy.logps(make_batch(policy, [short, fitting]), None)
+        torch.testing.assert_close(beside.chosen[:1], alone.chosen, rtol=1e-6, atol=0)
+        both = make_batch(policy, [short, long])
+        with pytest.raises(DataError, match="a row of 33 tokens.*has 32 positions up to its original_max_position_emb"):
+            policy.logps(both, None)
+        policy.max_positions = None
+        assert (policy.logps(both, None).chosen[0] - alone.chosen[0]).abs() > 1e-2
