@@ -106,3 +106,26 @@ def cut_packs(indices: Sequence[int], num_tokens: Callable[[int], int], microbat
         packs[-1].append(index)
         room -= size
     return packs
+
+
+def cut_rows(
+    indices: Sequence[int],
+    *,
+    packs: Callable[[int], bool],
+    num_packed: Callable[[int], int],
+    num_padded: Callable[[int], int],
+    microbatch_tokens: int,
+) -> list[list[int]]:
+    """Cut rows into packs, and those that cannot be packed, apart from them, into micro-batches of padded rows.
+
+    Args:
+        packs: whether a row can be packed; one that cannot would have all beside it padded to its length.
+        num_packed: tokens of a row in a pack.
+        num_padded: tokens of a row before padding.
+        microbatch_tokens: limit of either kind, as for `cut_packs` and `cut_microbatches`.
+    """
+    packed, padded = ([index for index in indices if packs(index) is wanted] for wanted in (True, False))
+    return [
+        *cut_packs(packed, num_packed, microbatch_tokens),
+        *cut_microbatches(padded, num_padded, microbatch_tokens),
+    ]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from prlhf.config import Config, changed_keys, dump_config, load_config
 from prlhf.data.collate import collate_labelled, collate_pairs, collate_responses
 from prlhf.data.context import Context
-from prlhf.data.sampler import cut_microbatches, cut_packs, shard
+from prlhf.data.sampler import cut_rows, shard
 from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair
 from prlhf.distributed import all_reduce_any, announce_stop, beat, counts_of_ranks, is_main, rank, world_size
 from prlhf.engine.build import Job, build_job
@@ -215,12 +215,16 @@ def contexts_of(job: Job, indices: Sequence[int], step: int) -> list[Context] | 
 
 def _cut(job: Job, indices: list[int]) -> list[list[int]]:
     """Micro-batches of a step's rows: by their tokens where rows are packed, by their padded size elsewhere."""
-    limit, num_soft = job.config.train.microbatch_tokens, job.model.soft_prompt.num_user_tokens
-    if job.model.packing is not None:
-        num_terms = len(job.objective.passes()[0].terms)
-        return cut_packs(indices, lambda i: num_terms * (job.rows[i].num_packed_tokens + num_soft), limit)
+    rows, num_soft = job.rows, job.model.soft_prompt.num_user_tokens
+    num_terms = len(job.objective.passes()[0].terms)
     copies = 1 if job.config.method == "sft" else 2
-    return cut_microbatches(indices, lambda i: copies * (job.rows[i].num_tokens + num_soft), limit)
+    return cut_rows(
+        indices,
+        packs=lambda i: job.model.packs(rows[i].num_tokens),
+        num_packed=lambda i: num_terms * (rows[i].num_packed_tokens + num_soft),
+        num_padded=lambda i: copies * (rows[i].num_tokens + num_soft),
+        microbatch_tokens=job.config.train.microbatch_tokens,
+    )
 
 
 def _count_(progress: Progress, result: StepResult, num_rows: int, seconds: float, max_skipped: int) -> None:

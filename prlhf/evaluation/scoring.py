@@ -11,7 +11,7 @@ from torch import Tensor
 from prlhf.data.collate import ResponseTree, collate_trees
 from prlhf.data.context import NO_CONTEXT, Context
 from prlhf.data.records import GENERIC_USER_ID
-from prlhf.data.sampler import cut_microbatches, cut_packs, shard
+from prlhf.data.sampler import cut_packs, cut_rows, shard
 from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair
 from prlhf.distributed import all_reduce_sum, rank, world_size
 from prlhf.models.personalized import PersonalizedModel
@@ -97,14 +97,17 @@ def _cut(
     model: PersonalizedModel, trees: Sequence[ResponseTree], num_soft: int, microbatch_tokens: int
 ) -> list[list[int]]:
     """Micro-batches of trees: by their tokens where rows are packed, by their padded size elsewhere."""
-    if model.packing is not None:
-        return cut_packs(range(len(trees)), lambda i: trees[i].num_tokens + num_soft, microbatch_tokens)
 
-    def padded(i: int) -> int:
-        longest = max(map(len, trees[i].responses))
-        return len(trees[i].responses) * (len(trees[i].prompt_ids) + longest + num_soft)
+    def longest(i: int) -> int:
+        return len(trees[i].prompt_ids) + max(map(len, trees[i].responses))
 
-    return cut_microbatches(range(len(trees)), padded, microbatch_tokens)
+    return cut_rows(
+        range(len(trees)),
+        packs=lambda i: model.packs(longest(i)),
+        num_packed=lambda i: trees[i].num_tokens + num_soft,
+        num_padded=lambda i: len(trees[i].responses) * (longest(i) + num_soft),
+        microbatch_tokens=microbatch_tokens,
+    )
 
 
 def score_pair_responses(

@@ -200,9 +200,9 @@ class Packing:
     window: int | None
     linear_head: bool
 
-    def fits(self, batch: PairBatch | ResponseBatch, num_soft: int) -> bool:
-        """Whether every sequence is short enough."""
-        return self.window is None or num_soft + max(map(sum, batch.lengths)) <= self.window
+    def fits(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens, soft prompt included, is short enough."""
+        return self.window is None or num_tokens <= self.window
 
 
 def packed_call(backbone: nn.Module, embeds: Tensor, trees: Trees, position_ids: Tensor, **options: Any) -> Any:

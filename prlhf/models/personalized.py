@@ -111,11 +111,18 @@ class PersonalizedModel(nn.Module, ABC):
         if self.max_positions is not None and longest > self.max_positions:
             raise DataError(f"a row of {longest} tokens, but the backbone has {describe_positions(self.backbone)}; "
                             "shorten it or lower data.max_tokens")
-        if self.packing is None or not self.packing.fits(batch, num_soft):
+        if not self.packs(max(map(sum, batch.lengths))):
             return [self.padded_values(batch, term.user_ids, term.context) for term in terms]
         pack = make_pack(batch, terms, num_soft=num_soft, num_bos=self.soft_prompt.num_bos)
         values = self.packed_values(pack, self._packed_embeds(pack, terms))
         return [(values[numbers], tokens) for numbers, tokens in zip(pack.members, pack.tokens, strict=True)]
+
+    def packs(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens, soft prompt not counted, is read in a pack.
+
+        A batch is packed if all of its sequences are.
+        """
+        return self.packing is not None and self.packing.fits(num_tokens + self.soft_prompt.num_user_tokens)
 
     @abstractmethod
     def padded_values(

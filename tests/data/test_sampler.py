@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prlhf.data.sampler import Sampler, cut_microbatches, cut_packs, shard
+from prlhf.data.sampler import Sampler, cut_microbatches, cut_packs, cut_rows, shard
 
 BATCH_ROWS = st.integers(1, 12)
 GROUPS = st.lists(st.integers(0, 9), min_size=1, max_size=40)
@@ -92,6 +92,14 @@ def test_packs_are_filled_in_order_up_to_the_limit():
     lengths = {3: 4, 4: 6, 5: 1, 6: 30, 7: 9, 8: 1}
     assert cut_packs([3, 4, 5, 6, 7, 8], lengths.__getitem__, 10) == [[3, 4], [5], [6], [7, 8]]
     assert cut_packs([], lengths.__getitem__, 10) == []
+
+
+def test_rows_that_cannot_be_packed_are_padded_apart_from_those_that_can():
+    lengths = {3: 4, 4: 30, 5: 6, 6: 1, 7: 20, 8: 9}
+    options = {"num_packed": lengths.__getitem__, "num_padded": lambda row: 2 * lengths[row], "microbatch_tokens": 80}
+    assert cut_rows([3, 4, 5, 6, 7, 8], packs=lambda row: lengths[row] < 10, **options) == [[3, 5, 6, 8], [4], [7]]
+    assert cut_rows([3, 4, 5, 6, 7, 8], packs=lambda row: False, **options) == [[4], [7, 8], [5, 3, 6]]
+    assert cut_rows([], packs=lambda row: True, **options) == []
 
 
 @given(groups=GROUPS, batch_rows=BATCH_ROWS, num_steps=st.integers(0, 50))

@@ -15,6 +15,7 @@ from prlhf.data.collate import collate_responses
 from prlhf.data.tokenize import TokenizedResponse
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.trainer import batches_of_step, train
+from prlhf.models.packing import Packing
 from tests.engine.cuts import (
     FULL_STEP,
     RAGGED_STEP,
@@ -144,6 +145,28 @@ def test_with_alpha_0_the_generic_user_alone_has_a_gradient(tiny: Tiny, variant:
     assert "user_encoder.offsets" in perturbed_job(cut_config(tiny, variant)).model.trainable()
     assert "user_encoder.offsets" not in gradients or not gradients["user_encoder.offsets"].any()
     assert gradients["user_encoder.generic"].abs().max() > 0
+
+
+def test_rows_beyond_a_sliding_window_make_no_micro_batch_larger_than_the_budget(tiny: Tiny) -> None:
+    """Half of the rows are beyond it, and the step's gradient is that of the whole step padded."""
+    budget = 600
+    job, whole = (perturbed_job(tiny.config(train__batch_rows=8, **{f"train__{key}": value}))
+                  for key, value in (("microbatch_tokens", budget), ("packing", False)))
+    rows = job.sampler.rows_of_step(FULL_STEP)
+    lengths = sorted(job.rows[i].num_tokens for i in rows)
+    window = lengths[3] + job.model.soft_prompt.num_user_tokens
+    assert lengths[3] < lengths[4] and job.model.packing is not None
+    job.model.packing = Packing(window, job.model.packing.linear_head)
+    batches, num_rows = batches_of_step(job, FULL_STEP)
+    assert sorted(row for batch in batches for row in batch.rows.tolist()) == sorted(job.rows[i].row for i in rows)
+    positions = []
+    hook = job.model.backbone.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    assert_same(gradients_of(job, batches, num_rows), gradients_of(whole, *batches_of_step(whole, FULL_STEP)))
+    hook.remove()
+    assert any(count == 1 for count, _ in positions) and any(count > 1 for count, _ in positions)
+    assert all(count * width <= budget or count <= 2 for count, width in positions)
 
 
 @pytest.mark.parametrize("lora", [{}, {"model__lora": None}], ids=["lora", "full"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
+from prlhf.models.packing import set_up_packing_
 from tests.families import FAMILIES
 from tests.policies import make_rows, plain_logps, tiny_policy
 
@@ -43,6 +44,26 @@ def test_each_sequence_is_scored_for_its_own_user(family):
     assert ((together.values - torch.cat(alone)).abs() / together.tokens).max() < 1e-5
     others = score_sequences(policy, sequences, [(user + 1) % 3 for user in users], **options)
     assert ((together.values - others.values).abs() > 1e-3).all()
+
+
+def test_a_sequence_beyond_a_sliding_window_is_padded_alone_and_not_with_all_that_could_stand_beside_it():
+    policy = tiny_policy("mistral")
+    policy.backbone.config.sliding_window = 40
+    policy.packing = set_up_packing_(policy.backbone)
+    assert policy.packing.window == 40
+    row = make_rows(policy)[1]  # 31 tokens of prompt, BOS included, and responses of 21 and of 2
+    short = [TokenSequence((0, first, 9), (5, 6, 7)) for first in range(3, 43)]
+    sequences = [*short[:20], TokenSequence(row.prompt_ids, row.chosen_ids), *short[20:]]
+    options = {"pad_id": 2, "microbatch_tokens": 200}
+    alone = [score_sequences(policy, [sequence], [1], **options).values for sequence in sequences]
+    shapes = []
+    policy.backbone.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    together = score_sequences(policy, sequences, [1] * len(sequences), **options)
+    assert ((together.values - torch.cat(alone)).abs() / together.tokens).max() < 1e-5
+    # 22 sequences of 9 positions in a pack of 198, 18 in the next, and 52 + 3 positions.
+    assert shapes == [(1, 198), (1, 162), (1, 55)]
 
 
 def test_scoring_keeps_no_graph_and_puts_the_mode_back():
