@@ -130,8 +130,12 @@ def input_embedding(backbone: nn.Module) -> nn.Module:
 
 
 def decoder(backbone: nn.Module) -> nn.Module:
-    """The backbone without its output layer: `base_model` of transformers' PreTrainedModel."""
-    return cast(Any, backbone).base_model
+    """The backbone without its output layer: `base_model` of transformers' PreTrainedModel.
+
+    That is the backbone itself where a family's prefix names no part of it (Llama 4), whose decoder is `model`.
+    """
+    base = cast(Any, backbone).base_model
+    return getattr(base, "model", base) if base is backbone else base
 
 
 def embedding_dim(backbone: nn.Module) -> int:

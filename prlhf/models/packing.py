@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prlhf.data.collate import PairBatch, ResponseBatch
 from prlhf.data.context import ContextBatch
+from prlhf.models.backbone import decoder
 from prlhf.models.shared_prefix import ATTENTION
 from prlhf.models.trees import Trees
 
@@ -19,7 +20,13 @@ from prlhf.models.trees import Trees
 WINDOW_KEYS = ("sliding_window", "attention_chunk_size")
 # Settings under which logits are more than a linear layer of the last hidden state.
 HEAD_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-PROBE_TREES = Trees((9, 6), ((5, 7), (4, 3)))
+# Settings under which attention depends on a token's place on the line, which in a pack is not its place in its row.
+PLACE_KEYS = ("attn_temperature_tuning",)
+# Few tokens, and many trees of other lengths in another order; paths within the shortest windows.
+PROBES = (
+    Trees((9, 6), ((5, 7), (4, 3))),
+    Trees((4, 10, 2, 4, 10, 2, 7), ((3, 6), (1, 6, 2), (9,), (3, 6), (1, 6, 2), (9,), (9, 8, 2, 9))),
+)
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative L2: rounding is far below, a leak far above
 
 
@@ -229,26 +236,37 @@ def set_up_packing_(backbone: nn.Module) -> Packing | str:
     model = cast(Any, backbone)
     config = model.config.get_text_config()
     before = model.config._attn_implementation
+    linear_head = False
     try:
         model.set_attn_implementation(ATTENTION)
-        error = _probe_error(model)
+        error = _probe_error(model, config)
+        linear_head = error is None and _has_linear_head(model, config)
     except Exception as problem:  # a family may refuse the attention function, the mask or the positions in any way
         error = f"{type(problem).__name__}: {problem}".splitlines()[0]
     if error is not None:
         model.set_attn_implementation(before)
         return error
     windows = [getattr(config, key, None) for key in WINDOW_KEYS]
-    return Packing(min((w for w in windows if w), default=None), _has_linear_head(model, config))
+    return Packing(min((w for w in windows if w), default=None), linear_head)
+
+
+def _probe_error(model: Any, config: Any) -> str | None:
+    """What differs between packs and their sequences as padded rows; None if they agree."""
+    placed = [key for key in PLACE_KEYS if getattr(config, key, None)]
+    if placed:
+        return f"its attention depends on a token's place ({', '.join(placed)})"
+    differences = [_difference(model, trees) for trees in PROBES]
+    if not all(value < PROBE_TOLERANCE[next(model.get_input_embeddings().parameters()).dtype] for value in differences):
+        return f"its hidden states over packed rows are off by {max(differences):.1e}"
+    return None
 
 
 @torch.no_grad()
-def _probe_error(model: Any) -> str | None:
-    """What differs between a pack and its sequences one by one; None if they agree."""
-    trees = PROBE_TREES
+def _difference(model: Any, trees: Trees) -> float:
+    """Relative L2 between a pack's hidden states and those of its sequences in one batch, padded on the right."""
     embedding = next(model.get_input_embeddings().parameters())
-    length = sum(trees.prefixes) + sum(map(sum, trees.responses))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(embedding.shape[0], (1, length), generator=generator).to(embedding.device)
+    ids = torch.randint(embedding.shape[0], (1, trees.num_tokens), generator=generator).to(embedding.device)
     embeds = model.get_input_embeddings()(ids)
     positions = torch.empty_like(ids)
     paths = []
@@ -257,13 +275,11 @@ def _probe_error(model: Any) -> str | None:
         for span in responses:
             positions[0, slice(*span)] = torch.arange(end - start, end - start + span[1] - span[0])
             paths.append([*range(start, end), *range(*span)])
-    packed = packed_call(model, embeds, trees, positions).logits[0].float()
-    plain = [model(inputs_embeds=embeds[:, path], use_cache=False).logits[0].float() for path in paths]
-    expected = torch.cat(plain)
-    difference = (packed[torch.tensor([i for path in paths for i in path])] - expected).norm() / expected.norm()
-    if not difference < PROBE_TOLERANCE[embedding.dtype]:
-        return f"its logits over packed rows are off by {difference:.1e}"
-    return None
+    padded = torch.tensor([path + [0] * (trees.longest_path - len(path)) for path in paths])
+    packed = packed_call(decoder(model), embeds, trees, positions).last_hidden_state[0].float()
+    plain = decoder(model)(inputs_embeds=embeds[0, padded], use_cache=False).last_hidden_state.float()
+    expected = torch.cat([row[: len(path)] for row, path in zip(plain, paths, strict=True)])
+    return float((packed[torch.tensor([i for path in paths for i in path])] - expected).norm() / expected.norm())
 
 
 @torch.no_grad()
@@ -273,6 +289,6 @@ def _has_linear_head(model: Any, config: Any) -> bool:
         return False
     embedding = next(model.get_input_embeddings().parameters())
     ids = torch.arange(min(8, embedding.shape[0]), device=embedding.device)[None]
-    logits = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    logits = head(decoder(model)(input_ids=ids, use_cache=False).last_hidden_state)
     expected = model(input_ids=ids, use_cache=False).logits
     return bool((logits - expected).norm() <= PROBE_TOLERANCE[embedding.dtype] * expected.norm())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prlhf.data.collate import ResponseTree, collate_responses, collate_trees
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
+from prlhf.models import packing
 from prlhf.models.packing import Packing, Term, make_pack, set_up_packing_
 from prlhf.models.policy import PersonalizedPolicy
 from prlhf.models.reward import PersonalizedRewardModel
@@ -120,6 +121,50 @@ def test_a_family_that_cannot_read_packs_says_why_and_stays_as_it_was(family):
     assert PADDED_FAMILIES[family] in set_up_packing_(policy.backbone)
     assert policy.backbone.config._attn_implementation == before
     assert torch.equal(policy.padded_values(batch, None)[0], expected)
+
+
+def test_llama4_reads_padded_rows_and_says_why():
+    policy = tiny_policy("llama4_text")
+    assert "attn_temperature_tuning" in set_up_packing_(policy.backbone)
+    rows = make_rows(policy)
+    values, tokens = policy.sequence_values(make_batch(policy, rows), torch.tensor([row.user_id for row in rows]))
+    alone = _one_by_one(policy, rows, [row.user_id for row in rows])
+    assert ((values - alone).abs() / tokens).max() < PER_TOKEN
+
+
+def test_attention_that_depends_on_a_place_beyond_the_first_trees_is_noticed(monkeypatch):
+    monkeypatch.setattr(packing, "PLACE_KEYS", ())
+    policy = tiny_policy("llama4_text")
+    assert "off by" in set_up_packing_(policy.backbone)
+    monkeypatch.setattr(packing, "PROBES", packing.PROBES[:1])
+    assert isinstance(set_up_packing_(policy.backbone), Packing)
+
+
+def test_a_family_whose_decoder_is_named_otherwise_is_packed_and_scored_as_a_reward_model_too():
+    """Of Llama 4 `base_model` is the whole model."""
+    policy = tiny_policy("llama4_text")
+    assert policy.backbone.base_model is policy.backbone
+    policy.backbone.config.attn_temperature_tuning = False
+    for layer in policy.backbone.model.layers:
+        layer.self_attn.attn_temperature_tuning = False
+    policy.packing = set_up_packing_(policy.backbone)
+    assert policy.packing == Packing(policy.backbone.config.attention_chunk_size, linear_head=True)
+    model = PersonalizedRewardModel(
+        policy.backbone, policy.tokenizer, user_encoder=policy.user_encoder, users=policy.users
+    )
+    model.packing = policy.packing
+    randomize_(model.score, scale=1.0)
+    for either in (policy, model):
+        for (values, tokens), (expected, _) in zip(*_both(either, make_batch(policy)), strict=True):
+            assert ((values - expected).abs() / tokens).max() < PER_TOKEN
+
+
+def test_a_family_that_raises_anywhere_while_it_is_tried_is_padded(monkeypatch):
+    monkeypatch.setattr(packing, "_has_linear_head", lambda *_: {}["last_hidden_state"])
+    policy = tiny_policy()
+    before = policy.backbone.config._attn_implementation
+    assert set_up_packing_(policy.backbone) == "KeyError: 'last_hidden_state'"
+    assert policy.backbone.config._attn_implementation == before
 
 
 def test_rows_longer_than_a_sliding_window_are_padded_and_right(monkeypatch):
