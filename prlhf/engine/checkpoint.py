@@ -134,8 +134,8 @@ def save_checkpoint(
         except OSError as error:
             problem = error
     _raise_together(problem, temporary, needed)
+    optimizer.unsaved_rows, optimizer.saved_in = set(), final
     if is_main():
-        optimizer.unsaved_rows, optimizer.saved_in = set(), final
         best = _best_of(_steps(root), run_dir) if keep_best else None
         remove_directories(path for path in _steps(root)[:-keep_last] if path != best)
     barrier()

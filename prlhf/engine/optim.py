@@ -15,6 +15,7 @@ from prlhf.sharding import is_sharded, local_part
 from prlhf.usermodel.row_table import RowTable, lazy_zeros
 
 BUCKET_ELEMENTS = 16 * 2**20
+CHECKED_ROWS = 1024  # of a large table, copied at a time
 ROW_TABLES = ("user_encoder.offsets", "user_encoder.weights")  # a row a user
 
 
@@ -29,6 +30,14 @@ class RowLazyAdamW(torch.optim.AdamW):
         super().__init__(groups, fused=fused)
         self.unsaved_rows: set[int] = set()  # of a large table, moved since a checkpoint was written or read
         self.saved_in: Path | None = None
+
+    @torch.no_grad()
+    def is_finite(self, parameter: Tensor) -> bool:
+        """Whether what this rank holds of a parameter is; of a large table only the rows in `unsaved_rows` are read."""
+        if not isinstance(parameter, RowTable):
+            return bool(torch.isfinite(local_part(parameter)).all())
+        rows = torch.tensor(sorted(self.unsaved_rows), dtype=torch.int64, device=parameter.device)
+        return all(bool(torch.isfinite(parameter[some]).all()) for some in rows.split(CHECKED_ROWS))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

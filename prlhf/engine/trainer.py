@@ -45,7 +45,7 @@ from prlhf.engine.tombstones import refuse_forgotten
 from prlhf.errors import Preempted, PrlhfError, RankError, RunDirError
 from prlhf.evaluation.report import load_final
 from prlhf.models.lora import scale_adapters_
-from prlhf.sharding import is_sharded, local_part
+from prlhf.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +162,7 @@ def save_job(job: Job, progress: Progress, run_dir: Path) -> None:
 
     Raises: PrlhfError: there is nothing worth keeping.
     """
-    parts = {name: local_part(tensor) for name, tensor in job.model.trainable().items()}
-    broken = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
+    broken = [name for name, tensor in job.model.trainable().items() if not job.optimizer.is_finite(tensor)]
     if all_reduce_any(bool(broken)):
         raise PrlhfError(
             f"train: {', '.join(broken[:3]) or 'weights'} not finite after step {progress.step}; lower train.lr or "

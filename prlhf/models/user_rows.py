@@ -96,7 +96,7 @@ def write_without(directory: Path, previous: Path, user_id: str) -> dict[str, tu
 def read_rows_(directory: Path, table: Tensor, users: UserIndex, field: str = "row") -> None:
     """Fill a table of zeros with what a store holds.
 
-    Raises: CheckpointError: damage, rows of another shape, or of a user whom the checkpoint does not know.
+    Raises: CheckpointError: damage, rows of another shape or not finite, or a user whom the checkpoint does not know.
     """
     with UserStore.open(directory) as store:
         expected = RowField(tuple(table.shape[1:]), table.dtype)
@@ -107,7 +107,10 @@ def read_rows_(directory: Path, table: Tensor, users: UserIndex, field: str = "r
         for user_ids in _chunks(list(store)):
             if unknown := [user_id for user_id in user_ids if user_id not in users]:
                 raise CheckpointError(f"{directory}: user {unknown[0]!r} is not in users.json; use another checkpoint")
-            table[[users.index(user_id) - 1 for user_id in user_ids]] = store.read(user_ids, field).to(table.device)
+            values = store.read(user_ids, field)
+            if not torch.isfinite(values).all():
+                raise CheckpointError(f"{directory}: {field}: not finite; use another checkpoint")
+            table[[users.index(user_id) - 1 for user_id in user_ids]] = values.to(table.device)
 
 
 def empty_moments(table: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,92 @@
+"""What a checkpoint of many users costs follows the users that moved since the one before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from prlhf.engine.build import Job, build_job
+from prlhf.engine.checkpoint import Progress, load_checkpoint_
+from prlhf.engine.trainer import save_job
+from prlhf.errors import CheckpointError, PrlhfError
+from prlhf.models import load_policy, user_rows
+from prlhf.usermodel import row_table
+from tests.engine.cuts import step_of
+from tests.tiny_run import THINGS, Tiny, preference_record, write_jsonl
+
+USERS = [f"u{i}" for i in range(3 * len(THINGS))]
+
+
+@pytest.fixture
+def job(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """27 users with a row each, in a large table, of whom a step shows four."""
+    monkeypatch.setattr(row_table, "LARGE_TABLE_BYTES", 0)
+    monkeypatch.setattr(user_rows, "STORE_FROM_BYTES", 0)
+    rows = [preference_record(thing, user, prefers_short=True) for thing, user in zip(3 * THINGS, USERS, strict=True)]
+    (tmp_path / "data").mkdir()
+    for name in ("train", "dev", "eval_seen", "eval_unseen"):
+        write_jsonl(tmp_path / "data" / f"{name}.jsonl", rows if name == "train" else [])
+    return build_job(tiny.config(data__source=str(tmp_path / "data")))
+
+
+def saved(job: Job, run_dir: Path, step: int) -> Path:
+    save_job(job, Progress(step=step, rows_seen=4 * step), run_dir)
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def checked_rows(job: Job, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows of users each later check for finite numbers reads."""
+    counts: list[int] = []
+    isfinite = torch.isfinite
+
+    def counting(values: Tensor) -> Tensor:
+        if values.dim() == 3 and values.shape[1:] == job.model.user_encoder.table.shape[1:]:  # type: ignore[union-attr]
+            counts.append(len(values))
+        return isfinite(values)
+
+    monkeypatch.setattr(torch, "isfinite", counting)
+    return counts
+
+
+def test_saving_reads_only_users_that_moved_since_the_last_checkpoint(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert job.model.users is not None and len(job.model.users) == len(USERS)
+    counts = checked_rows(job, monkeypatch)
+    saved(job, tmp_path, 1)
+    assert sum(counts) == 0
+    for step in (2, 3):
+        counts.clear()
+        step_of(job, step, job.optimizer, max_grad_norm=1.0)
+        saved(job, tmp_path, step)
+        assert 0 < sum(counts) <= 4
+
+
+def test_a_row_that_is_no_longer_finite_is_not_saved(job: Job, tmp_path: Path) -> None:
+    step_of(job, 0, job.optimizer, max_grad_norm=1.0)
+    moved = max(job.optimizer.unsaved_rows)
+    with torch.no_grad():
+        job.model.user_encoder.table[moved, 0, 0] = float("inf")  # type: ignore[union-attr]
+    with pytest.raises(PrlhfError, match="train: user_encoder.offsets not finite after step 1"):
+        saved(job, tmp_path, 1)
+
+
+@pytest.mark.parametrize("field", ["row", "exp_avg"])
+def test_a_store_of_rows_that_are_not_finite_is_refused(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    """Whoever wrote it sealed it, too."""
+    step_of(job, 0, job.optimizer, max_grad_norm=1.0)
+    table = job.model.user_encoder.table  # type: ignore[union-attr]
+    tensor = table.detach() if field == "row" else job.optimizer.state[table][field]
+    tensor[max(job.optimizer.unsaved_rows)] = float("nan")
+    monkeypatch.setattr(job.optimizer, "is_finite", lambda parameter: True)
+    directory = saved(job, tmp_path, 1)
+    with pytest.raises(CheckpointError, match=f"users: {field}: not finite; use another checkpoint"):
+        load_checkpoint_(directory, job.model, job.optimizer, spec=job.spec, data_sha256=job.data_sha256)
+    if field == "row":
+        with pytest.raises(CheckpointError, match="users: row: not finite; use another checkpoint"):
+            load_policy(directory)
