@@ -19,7 +19,9 @@ from prlhf.engine.faults import reach
 from prlhf.engine.optim import RowLazyAdamW
 from prlhf.errors import CheckpointError, DataError, NoCheckpointError, PrlhfError, RunDirError
 from prlhf.files import (
+    MANIFEST,
     find_damage,
+    link_or_copy,
     publish_directory,
     read_json,
     remove_directories,
@@ -119,7 +121,10 @@ def save_checkpoint(
         )
         if is_main():
             _write_shared_files(temporary, model, trained, moments, progress, identity)
-            flushed = _write_user_store(temporary, model, optimizer)
+            flushed = {
+                **_write_user_ids(temporary, model, optimizer.saved_in),
+                **_write_user_store(temporary, model, optimizer),
+            }
     except (*DISK_PROBLEMS, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         problem = error
     _raise_together(problem, temporary, needed)
@@ -168,9 +173,6 @@ def _write_shared_files(
             del shared[stored[0]]
         _save(shared, directory / USERS)
     _save(moments, directory / OPTIMIZER)
-    users = [] if model.users is None else list(model.users.user_ids)
-    reach("checkpoint_file")
-    write_json_atomic(directory / USER_IDS, {"user_ids": users})
     if model.contexts is not None:
         write_json_atomic(directory / CONTEXTS, facts_record(model.contexts.facts))
     reach("checkpoint_file")
@@ -189,6 +191,23 @@ def _write_shared_files(
     write_text_atomic(directory / CONFIG, identity.config_text)
     reach("checkpoint_file")
     model.tokenizer.save_pretrained(directory)
+
+
+def _write_user_ids(
+    directory: Path, model: PersonalizedModel, previous: Path | None
+) -> dict[str, tuple[int, str]]:
+    """Write the list of users; returns size and sha256 of what is flushed already, by name.
+
+    In a run it stays the same. Beside a store it may be long, so there it is a link to the previous checkpoint's.
+    """
+    reach("checkpoint_file")
+    path = directory / USER_IDS
+    if previous is not None and stored_table(model.user_encoder) is not None and (previous / STORE).is_dir():
+        link_or_copy(previous / USER_IDS, path)
+        entry = read_json(previous / MANIFEST)["files"][USER_IDS]
+        return {USER_IDS: (entry["size"], entry["sha256"])} if path.samefile(previous / USER_IDS) else {}
+    write_json_atomic(path, {"user_ids": [] if model.users is None else list(model.users.user_ids)})
+    return {}
 
 
 def _write_user_store(

@@ -16,7 +16,7 @@ from prlhf.usermodel.row_table import RowTable, lazy_zeros
 from prlhf.usermodel.store import LOCK, RowField, UserStore
 
 STORE = "users"
-STORE_FROM_BYTES = 2**30
+STORE_FROM_BYTES = 2**30 // 3  # of a table: with its two moments a GiB of each checkpoint
 CHUNK = 1024
 T = TypeVar("T")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import Progress, load_checkpoint_
 from prlhf.engine.trainer import save_job
 from prlhf.errors import CheckpointError, PrlhfError
+from prlhf.files import find_damage
 from prlhf.models import load_policy, user_rows
-from prlhf.usermodel import row_table
+from prlhf.usermodel import IndividualUserModel, LowRankUserModel, UserModel, row_table
 from tests.engine.cuts import step_of
+from tests.engine.two_ranks import state_of
 from tests.tiny_run import THINGS, Tiny, preference_record, write_jsonl
 
 USERS = [f"u{i}" for i in range(3 * len(THINGS))]
@@ -90,3 +93,47 @@ def test_a_store_of_rows_that_are_not_finite_is_refused(
     if field == "row":
         with pytest.raises(CheckpointError, match="users: row: not finite; use another checkpoint"):
             load_policy(directory)
+
+
+@pytest.mark.parametrize(
+    ("num_users", "model"),
+    [
+        (1_000_000, partial(IndividualUserModel, num_user_tokens=10, dim=384)),
+        (10_000_000, partial(LowRankUserModel, num_user_tokens=10, dim=384, rank=16)),
+    ],
+)
+def test_large_tables_have_a_store_and_small_ones_none(num_users: int, model: partial[UserModel]) -> None:
+    assert user_rows.stored_table(model(num_users=num_users)) is not None
+    assert user_rows.stored_table(model(num_users=num_users // 1000)) is None
+
+
+def test_a_checkpoint_from_before_a_table_had_a_store_goes_on_into_one(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_of(job, 0, job.optimizer, max_grad_norm=1.0)
+    with monkeypatch.context() as before:
+        before.setattr(user_rows, "STORE_FROM_BYTES", 2**30)
+        dense = saved(job, tmp_path, 1)
+    assert not (dense / "users").exists()
+    expected = state_of(job)
+    again = build_job(job.config)
+    load_checkpoint_(dense, again.model, again.optimizer, spec=job.spec, data_sha256=job.data_sha256)
+    stored = saved(again, tmp_path / "again", 2)
+    assert (stored / "users").is_dir() and (stored / "users.json").read_bytes() == (dense / "users.json").read_bytes()
+    last = build_job(job.config)
+    load_checkpoint_(stored, last.model, last.optimizer, spec=job.spec, data_sha256=job.data_sha256)
+    actual = state_of(last)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_the_list_of_users_is_written_once_and_its_damage_is_found(job: Job, tmp_path: Path) -> None:
+    first = saved(job, tmp_path, 1)
+    step_of(job, 1, job.optimizer, max_grad_norm=1.0)
+    second = saved(job, tmp_path, 2)
+    assert (first / "users.json").samefile(second / "users.json")
+    assert find_damage(second) == []
+    (second / "users.json").write_text((second / "users.json").read_text().replace("u1", "u2"))
+    step_of(job, 2, job.optimizer, max_grad_norm=1.0)
+    [line] = find_damage(saved(job, tmp_path, 3))
+    assert "users.json: content changed" in line
