@@ -43,7 +43,7 @@ from prlhf.models.assemble import (
     trained_tensors,
 )
 from prlhf.models.personalized import PersonalizedModel
-from prlhf.models.user_rows import STORE, empty_moments, read_moments, stored_table, table_of_store, write_rows
+from prlhf.models.user_rows import STORE, empty_moments, read_moments, stored_table, table_of_store, write_table
 from prlhf.sharding import gather_on_main, shard_like
 
 logger = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def _write_user_store(
     rows = sorted(optimizer.unsaved_rows)
     if previous is None or not (previous / STORE).is_dir():
         previous, rows = None, moments["step"].nonzero()[:, 0].tolist()
-    files = write_rows(directory / STORE, previous and previous / STORE, table, moments, model.users, rows)
+    files = write_table(directory / STORE, previous and previous / STORE, table, moments, model.users, rows)
     return {f"{STORE}/{name}": entry for name, entry in files.items()}
 
 

@@ -18,6 +18,7 @@ from prlhf.usermodel.store import LOCK, RowField, UserStore
 STORE = "users"
 STORE_FROM_BYTES = 2**30 // 3  # of a table: with its two moments a GiB of each checkpoint
 CHUNK = 1024
+VERSIONS = 2  # rows in a run's store, older ones among them, for each of its users; beyond, it is made anew
 T = TypeVar("T")
 
 
@@ -43,7 +44,30 @@ def _row_table(user_encoder: UserModel | None) -> tuple[str, RowTable] | None:
     return None
 
 
-@torch.no_grad()
+def write_table(
+    directory: Path,
+    previous: Path | None,
+    table: Tensor,
+    moments: Mapping[str, Tensor],
+    users: UserIndex,
+    moved: Sequence[int],
+) -> dict[str, tuple[int, str]]:
+    """Write a store of a whole table, of users with a row in the previous one and of those who moved since.
+
+    As `write_rows` does; but where older versions of rows would be more than the users, all rows are written anew, and
+    what the previous store forgot stays forgotten.
+    """
+    if previous is None:
+        return write_rows(directory, None, table, moments, users, moved)
+    with UserStore.open(previous) as store:
+        num_new = sum(users.user_ids[row] not in store for row in moved)
+        if store.num_slots + len(moved) <= VERSIONS * (len(store) + num_new):
+            return write_rows(directory, previous, table, moments, users, moved)
+        UserStore.create(directory, store.fields, forgotten=store).close()
+        rows = sorted({*moved, *(users.index(user_id) - 1 for user_id in store)})
+    return _put_rows(directory, table, moments, users, rows)
+
+
 def write_rows(
     directory: Path,
     previous: Path | None,
@@ -65,6 +89,13 @@ def write_rows(
     else:
         with UserStore.open(previous) as store:
             store.link_into(directory)
+    return _put_rows(directory, table, moments, users, rows)
+
+
+@torch.no_grad()
+def _put_rows(
+    directory: Path, table: Tensor, moments: Mapping[str, Tensor], users: UserIndex, rows: Sequence[int]
+) -> dict[str, tuple[int, str]]:
     with UserStore.open(directory, write=True) as store:
         for chunk in _chunks(rows):
             values = {name: moment[chunk] for name, moment in moments.items()}

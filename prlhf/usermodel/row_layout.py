@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prlhf.errors import DataError
+
 CHECK_BYTES = 4  # crc32, little-endian
 
 
@@ -105,3 +107,19 @@ class RowLayout:
 
 def _checksum(key: bytes, value: bytes) -> bytes:
     return zlib.crc32(value, zlib.crc32(key)).to_bytes(CHECK_BYTES, "little")
+
+
+def encode_id(user_id: str) -> bytes:
+    """A user's key.
+
+    Raises: DataError: text that UTF-8 cannot write.
+    """
+    try:
+        return user_id.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"user {user_id!r}: holds half a character (a lone surrogate); mend the id") from None
+
+
+def show_id(user_id: str) -> str:
+    """An id as messages show it, which may be long."""
+    return repr(user_id if len(user_id) <= 40 else user_id[:40] + "...")

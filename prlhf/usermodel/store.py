@@ -21,7 +21,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from prlhf.errors import CheckpointError, DataError, RunDirError
-from prlhf.usermodel.row_layout import CHECK_BYTES, RowField, RowLayout
+from prlhf.usermodel.row_layout import CHECK_BYTES, RowField, RowLayout, encode_id, show_id
 from prlhf.usermodel.shards import RowShards, flush_directory, sha256_of
 
 INDEX = "index.sqlite"
@@ -83,14 +83,26 @@ class UserStore:
         """What each user has: "row", and what stands beside it."""
         return self._layout.fields
 
+    @property
+    def num_slots(self) -> int:
+        """Rows that were ever put, those that later ones replaced and those that were erased among them."""
+        with _plain_errors(self.directory):
+            return self._num_slots()
+
     @classmethod
     def create(
-        cls, directory: Path, fields: Mapping[str, RowField], *, shard_bytes: int = SHARD_BYTES
+        cls,
+        directory: Path,
+        fields: Mapping[str, RowField],
+        *,
+        shard_bytes: int = SHARD_BYTES,
+        forgotten: UserStore | None = None,
     ) -> UserStore:
         """An empty store, open for writing, in a directory that has none.
 
         Args:
             fields: "row", and any others beside it.
+            forgotten: a store whose forgotten users this one refuses, too.
         Raises: RunDirError: there is one already, or the disk refuses. ValueError: no "row", or an empty array.
         """
         layout = RowLayout(fields)
@@ -103,9 +115,11 @@ class UserStore:
             unfinished.unlink(missing_ok=True)
             db = sqlite3.connect(unfinished)
             db.executescript(SCHEMA)
-            db.execute(
-                "INSERT INTO layout VALUES (?, ?, ?, ?)", (VERSION, layout.to_json(), rows_per_shard, os.urandom(32))
-            )
+            key = os.urandom(32) if forgotten is None else forgotten._tombstone_key
+            db.execute("INSERT INTO layout VALUES (?, ?, ?, ?)", (VERSION, layout.to_json(), rows_per_shard, key))
+            if forgotten is not None:
+                hashes = forgotten._db.execute("SELECT hash FROM tombstones")
+                db.executemany("INSERT INTO tombstones VALUES (?)", hashes)
             db.commit()
             db.close()
             unfinished.rename(index)
@@ -136,7 +150,7 @@ class UserStore:
 
     def __contains__(self, user_id: str) -> bool:
         with _plain_errors(self.directory):
-            return self._slot(_encode(user_id)) is not None
+            return self._slot(encode_id(user_id)) is not None
 
     def __iter__(self) -> Iterator[str]:
         """Every user's id, in the order of its UTF-8 bytes."""
@@ -153,13 +167,13 @@ class UserStore:
 
         Raises: DataError: a user without a row. CheckpointError: bytes that are not what was put.
         """
-        keys = [_encode(user_id) for user_id in user_ids]
+        keys = [encode_id(user_id) for user_id in user_ids]
         with self._transaction("DEFERRED"):  # while it lasts no other process erases or renames anything
             self._notice_new_shards()
             slots = [self._slot(key) for key in keys]
             if None in slots:
                 missing = user_ids[slots.index(None)]
-                raise DataError(f"{self.directory}: no row of user {_shown(missing)}; give a user of the store")
+                raise DataError(f"{self.directory}: no row of user {show_id(missing)}; give a user of the store")
             return self._read_slots(keys, [slot for slot in slots if slot is not None], field)
 
     def put(self, user_ids: Sequence[str], rows: Tensor, **beside: Tensor) -> None:
@@ -173,7 +187,7 @@ class UserStore:
             refuses. ValueError: another shape or type than the store's, or an unknown field.
         """
         self._check_writable()
-        keys = [_encode(user_id) for user_id in user_ids]
+        keys = [encode_id(user_id) for user_id in user_ids]
         if len(set(keys)) < len(keys):
             raise DataError(f"{self.directory}: a user twice in one put; give each once")
         records = self._layout.pack(keys, {"row": rows, **beside})
@@ -206,7 +220,7 @@ class UserStore:
         Returns: erased rows, 0 for a user that has none.
         """
         self._check_writable()
-        key = _encode(user_id)
+        key = encode_id(user_id)
         with self._transaction("IMMEDIATE"):
             slots = self._all_slots(key)
             self._db.execute("INSERT OR IGNORE INTO tombstones VALUES (?)", (self._tombstone(key),))
@@ -221,7 +235,7 @@ class UserStore:
     def is_forgotten(self, user_id: str) -> bool:
         """Whether `forget` was told this id."""
         with _plain_errors(self.directory):
-            return self._has_tombstone(_encode(user_id))
+            return self._has_tombstone(encode_id(user_id))
 
     def link_into(self, directory: Path, *, apart: str | None = None) -> dict[str, tuple[int, str]]:
         """This store as it is now, in another directory that has none: full shards hard-linked, the rest copied.
@@ -233,7 +247,7 @@ class UserStore:
         with self._transaction("DEFERRED"), _plain_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
             self._notice_new_shards()
-            slots = [] if apart is None else self._all_slots(_encode(apart))
+            slots = [] if apart is None else self._all_slots(encode_id(apart))
             files = self._shards.link_into(directory, self._num_slots(), apart=slots)
             copy = sqlite3.connect(directory / INDEX)
             self._db.backup(copy)
@@ -299,7 +313,7 @@ class UserStore:
         except ValueError as error:
             index = error.args[0]
             path = self._shards.path(slots[index] // self._shards.rows_per_shard)
-            user = _shown(keys[index].decode(errors="replace"))
+            user = show_id(keys[index].decode(errors="replace"))
             raise CheckpointError(f"{path}: {field} of user {user}: damaged; use another checkpoint") from None
 
     def _finish_erasures(self) -> None:
@@ -317,7 +331,7 @@ class UserStore:
         if self._value("SELECT EXISTS (SELECT * FROM tombstones)"):
             for key in keys:
                 if self._has_tombstone(key):
-                    raise DataError(f"{self.directory}: user {_shown(key.decode())} was forgotten; use another id")
+                    raise DataError(f"{self.directory}: user {show_id(key.decode())} was forgotten; use another id")
 
     def _has_tombstone(self, key: bytes) -> bool:
         return bool(self._value("SELECT EXISTS (SELECT * FROM tombstones WHERE hash = ?)", self._tombstone(key)))
@@ -381,14 +395,3 @@ def _plain_errors(directory: Path) -> Iterator[None]:
         if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
             raise RunDirError(f"{directory / INDEX}: {error}; make room, or wait for who else uses it") from None
         raise CheckpointError(f"{directory / INDEX}: damaged ({error}); use another checkpoint") from None
-
-
-def _encode(user_id: str) -> bytes:
-    try:
-        return user_id.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"user {user_id!r}: holds half a character (a lone surrogate); mend the id") from None
-
-
-def _shown(user_id: str) -> str:
-    return repr(user_id if len(user_id) <= 40 else user_id[:40] + "...")

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import random
+import shutil
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from prlhf.engine.build import Job, build_job
-from prlhf.engine.checkpoint import Progress, load_checkpoint_
+from prlhf.engine.checkpoint import Progress, find_checkpoint, load_checkpoint_
 from prlhf.engine.trainer import save_job
 from prlhf.errors import CheckpointError, PrlhfError
-from prlhf.files import find_damage
+from prlhf.files import find_damage, seal_directory
 from prlhf.models import load_policy, user_rows
 from prlhf.usermodel import IndividualUserModel, LowRankUserModel, UserModel, row_table
+from prlhf.usermodel.store import UserStore
 from tests.engine.cuts import step_of
 from tests.engine.two_ranks import state_of
-from tests.tiny_run import THINGS, Tiny, preference_record, write_jsonl
+from tests.forget_run import killed_at
+from tests.tiny_run import THINGS, Crash, Tiny, preference_record, write_jsonl
 
 USERS = [f"u{i}" for i in range(3 * len(THINGS))]
+RECORD_BYTES = 3 * (4 * 3 * 32 + 4) + 4 + 4  # row and moments of 3 x 32 numbers, a count, a checksum each
 
 
 @pytest.fixture
 def job(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    """27 users with a row each, in a large table, of whom a step shows four."""
+    """27 users with a row each, in a large table, of whom a step shows four; five records a shard."""
     monkeypatch.setattr(row_table, "LARGE_TABLE_BYTES", 0)
     monkeypatch.setattr(user_rows, "STORE_FROM_BYTES", 0)
+    monkeypatch.setattr(UserStore, "create", partial(UserStore.create, shard_bytes=5 * RECORD_BYTES))
     rows = [preference_record(thing, user, prefers_short=True) for thing, user in zip(3 * THINGS, USERS, strict=True)]
     (tmp_path / "data").mkdir()
     for name in ("train", "dev", "eval_seen", "eval_unseen"):
@@ -137,3 +148,107 @@ def test_the_list_of_users_is_written_once_and_its_damage_is_found(job: Job, tmp
     step_of(job, 2, job.optimizer, max_grad_norm=1.0)
     [line] = find_damage(saved(job, tmp_path, 3))
     assert "users.json: content changed" in line
+
+
+def saved_again(job: Job, run_dir: Path, step: int) -> Path:
+    """A checkpoint for which every user moved; their rows and moments hold the step."""
+    table = job.model.user_encoder.table  # type: ignore[union-attr]
+    state = job.optimizer.state[table]
+    if not state:
+        state.update({name: torch.zeros_like(table) for name in ("exp_avg", "exp_avg_sq")})
+        state["step"] = torch.zeros(len(table))
+    with torch.no_grad():
+        for tensor in (table, *state.values()):
+            tensor.fill_(step)
+    job.optimizer.unsaved_rows = set(range(len(table)))
+    return saved(job, run_dir, step)
+
+
+def holds(directory: Path, step: int) -> bool:
+    """Whether a checkpoint is whole, and its store what `saved_again` wrote at the step."""
+    assert find_damage(directory) == []
+    with UserStore.open(directory / "users") as store:
+        assert store.find_damage() == [] and sorted(store) == sorted(USERS)
+        return all(bool(store.read(USERS, field).eq(step).all()) for field in ("row", "step", "exp_avg", "exp_avg_sq"))
+
+
+def bytes_of_store(directory: Path) -> int:
+    return sum(path.stat().st_size for path in (directory / "users").iterdir())
+
+
+def test_older_versions_of_rows_are_never_more_than_the_users(job: Job, tmp_path: Path) -> None:
+    job.config = replace(job.config, checkpoint=replace(job.config.checkpoint, keep_last=3))
+    sizes = []
+    for step in range(1, 8):
+        sizes.append(bytes_of_store(saved_again(job, tmp_path, step)))
+        for kept in range(max(1, step - 2), step + 1):
+            assert holds(tmp_path / "checkpoints" / f"step-{kept:08d}", kept), "also of those before a fresh store"
+    assert max(sizes) <= 2 * sizes[0] and sizes[2] == sizes[0]
+    with UserStore.open(tmp_path / "checkpoints" / "step-00000007" / "users") as store:
+        store.link_into(tmp_path / "linked")
+        for step in range(8, 12):
+            saved_again(job, tmp_path, step)
+    with UserStore.open(tmp_path / "linked") as store:
+        assert store.find_damage() == [] and bool(store.read(USERS).eq(7).all())
+
+
+def test_a_store_that_is_made_anew_keeps_who_did_not_move_and_who_was_forgotten(job: Job, tmp_path: Path) -> None:
+    directory = saved_again(job, tmp_path, 1)
+    with UserStore.open(directory / "users", write=True) as store:
+        store.forget(USERS[0])
+    seal_directory(directory)
+    for step in range(2, 6):
+        job.optimizer.unsaved_rows = {1, 2, *range(5, 20)}
+        with torch.no_grad():
+            job.model.user_encoder.table[1] = step  # type: ignore[union-attr]
+        directory = saved(job, tmp_path, step)
+    with UserStore.open(directory / "users") as store:
+        assert store.num_slots <= 2 * len(store) and sorted(store) == sorted(USERS[1:])
+        assert store.is_forgotten(USERS[0])
+        rows = store.read(USERS[1:])
+        assert bool(rows[0].eq(5).all()) and bool(rows[1:].eq(1).all())
+
+
+@pytest.mark.parametrize("stride", [17, pytest.param(1, marks=pytest.mark.slow)])
+def test_cut_short_while_a_store_is_made_anew_the_checkpoint_before_is_whole(
+    job: Job, tmp_path: Path, stride: int
+) -> None:
+    for step in (1, 2):
+        saved_again(job, tmp_path, step)
+    with killed_at(10**6) as count:
+        saved_again(job, tmp_path / "other", 3)
+    for point in range(0, count[0], stride):
+        for path in (tmp_path / "checkpoints").glob("*3"):
+            shutil.rmtree(path)
+        job.optimizer.saved_in = tmp_path / "checkpoints" / "step-00000002"
+        with contextlib.suppress(Crash), killed_at(point):
+            saved_again(job, tmp_path, 3)
+        newest = find_checkpoint(tmp_path)
+        assert newest is not None and holds(newest, int(newest.name[-1])), point
+    assert bytes_of_store(saved_again(job, tmp_path, 4)) > 0 and holds(tmp_path / "checkpoints" / "step-00000004", 4)
+
+
+def save_for_ever(job: Job, run_dir: Path, step: int, acknowledged: Any) -> None:
+    while True:
+        saved_again(job, run_dir, step)
+        acknowledged.value = step
+        step += 1
+
+
+def test_kill_9_while_saving_loses_no_checkpoint(job: Job, tmp_path: Path) -> None:
+    fork, moments, last = multiprocessing.get_context("fork"), random.Random(0), 1
+    saved_again(job, tmp_path, 1)
+    for _ in range(6):
+        acknowledged = fork.Value("q", last, lock=False)
+        writer = fork.Process(target=save_for_ever, args=(job, tmp_path, last + 1, acknowledged))
+        writer.start()
+        time.sleep(moments.uniform(0.2, 1.2))
+        writer.kill()
+        writer.join()
+        newest = find_checkpoint(tmp_path)
+        assert newest is not None
+        last = int(newest.name.removeprefix("step-"))
+        assert last in (acknowledged.value, acknowledged.value + 1)  # killed between rename and acknowledgement
+        assert holds(newest, last)
+        job.optimizer.saved_in = newest
+    assert last > 6

@@ -234,6 +234,17 @@ def test_a_second_writer_is_refused_and_readers_see_each_commit(tmp_path: Path) 
         UserStore.create(tmp_path / "users", ROW)
 
 
+def test_a_new_store_can_take_over_who_was_forgotten(tmp_path: Path) -> None:
+    with make_store(tmp_path / "users") as store:
+        store.put(["u1"], rows_of(1))
+        store.forget("u3")
+        assert len(store) == 11 and store.num_slots == 13
+        with UserStore.create(tmp_path / "fresh", ROW, forgotten=store) as fresh:
+            assert fresh.is_forgotten("u3") and not fresh.is_forgotten("u4") and fresh.num_slots == 0
+            with pytest.raises(DataError, match="was forgotten"):
+                fresh.put(["u3"], rows_of(3))
+
+
 @pytest.mark.parametrize("user_id", ["canary-7f3a9c", "canary" * 2000])
 def test_a_forgotten_user_leaves_neither_id_nor_row_in_any_file(tmp_path: Path, user_id: str) -> None:
     old, new = torch.tensor([[0.1, 0.2, 0.3, 0.4]]), torch.tensor([[0.5, 0.6, 0.7, 0.8]])
