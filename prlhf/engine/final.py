@@ -163,7 +163,8 @@ class Evaluator:
         }
         if not isinstance(self.model, PersonalizedPolicy):
             return blocks
-        rows, max_tokens = data.eval_seen, self.config.data.max_tokens
+        max_tokens, with_user_text = self.config.data.max_tokens, self.config.data.user_text == "prompt"
+        rows = [row if with_user_text else dataclasses.replace(row, user_text="") for row in data.eval_seen]
         tokenized = self._tokenize_pairs(rows, None, num_user_tokens=0)
         positions = position_limit(self.model.backbone) or FEW_SHOT_TOKENS
         longest = max(max_tokens, min(FEW_SHOT_TOKENS, positions))

@@ -40,7 +40,7 @@ def prompted_baseline(
     log pi_ref(y1 | s, x) / pi_ref(y1 | x) > log pi_ref(y2 | s, x) / pi_ref(y2 | x).
 
     Args:
-        rows: the records; `tokenized[i].row` indexes them.
+        rows: the records, whose user texts stand in both prompts; `tokenized[i].row` indexes them.
         preferences: user id -> sentence.
         max_tokens: for prompt and response together; a row that does not fit is left out.
         **scoring: of `score_sequences`.

@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from prlhf.data.collate import collate_pairs
-from prlhf.data.records import PreferenceRow
+from prlhf.data.records import Message, PreferenceRow
 from prlhf.data.tokenize import TokenizedPair, tokenize_pairs
 from prlhf.engine import final
 from prlhf.engine.build import tokenize_limits
 from prlhf.engine.objective import ReferenceLogps
+from prlhf.evaluation import baselines
 from tests.tiny_run import Tiny, perturbed_job
 
 
@@ -75,3 +76,32 @@ def test_the_users_text_is_in_the_prompts_of_training_and_evaluation_or_in_neith
         prompts = [job.model.tokenizer.decode(row.prompt_ids) for row in rows if row.user_id == user_id]
         assert prompts and all((text in prompt) == (setting == "prompt") for prompt in prompts)
     assert all(row.user_text for row in job.preferences.eval_unseen), "user models read it either way"
+
+
+@pytest.mark.parametrize("setting", ["prompt", "none"])
+@pytest.mark.parametrize("turns", [False, True], ids=["text", "conversation"])
+def test_the_baselines_prompts_hold_the_users_text_where_training_has_it_there(
+    tiny: Tiny, texts: Path, setting: str, turns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the wish or the pairs in front, and bare."""
+    job = perturbed_job(tiny.config(data__source=str(texts), data__user_text=setting))
+    assert job.preferences is not None
+    data = dataclasses.replace(job.preferences, preferences={"ann": "Be short.", "bob": "Say more."})
+    if turns:
+        job.model.tokenizer.chat_template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+        rows = [dataclasses.replace(row, prompt=(Message("user", str(row.prompt)),)) for row in data.eval_seen]
+        data = dataclasses.replace(data, eval_seen=rows)
+    scored: list[TokenizedPair] = []
+    score = baselines.score_pair_responses
+    monkeypatch.setattr(baselines, "score_pair_responses", lambda model, rows, *args, **options: (
+        scored.extend(rows), score(model, rows, *args, **options))[1])
+    evaluator = final.Evaluator(job.config, job.model, pad_id=0, autocast=job.autocast, on_batch=lambda: None)
+    blocks = evaluator.baselines(data)
+    assert blocks["prompted"] and blocks["few_shot"]
+    assert all(row.user_text for row in data.eval_seen if row.user_id == "ann")
+    prompts = {name: [job.model.tokenizer.decode(ids.prompt_ids) for ids in scored
+                      if data.eval_seen[ids.row].user_id == name] for name in ("ann", "bob")}
+    for front in ("Be short.", "How I judged other answers:"):
+        assert any(front in prompt for prompt in prompts["ann"])
+    assert all(("I sail." in prompt) == (setting == "prompt") for prompt in prompts["ann"])
+    assert not any("I sail." in prompt for prompt in prompts["bob"])
