@@ -112,7 +112,8 @@ def _add_generation_commands(commands: Any) -> None:
     chat.add_argument("--user", default="generic", metavar="ID")
     for command in (generate, chat):
         command.add_argument(
-            "--user-text", default="", metavar="TEXT", help="what is known of the user in words, trained on or not"
+            "--user-text", default="", metavar="TEXT",
+            help="what is known of the user in words, trained on or not (default: what the checkpoint keeps of each)",
         )
         command.add_argument("--temperature", type=float, default=0.7)
         command.add_argument("--top-p", type=float, default=1.0)

@@ -23,8 +23,12 @@ from tests.tiny_run import Crash, preference_record, write_jsonl
 CANARY_TEXT = "My parrot is called Zebedee-4711."
 
 
-def make_run(run_dir: Path, user: str, **settings: Any) -> tuple[list[str], Path]:
-    """A run of three users with all that a run may hold, and its data; the user stands in the middle."""
+def make_run(run_dir: Path, user: str, *, with_texts: bool = False, **settings: Any) -> tuple[list[str], Path]:
+    """A run of three users with all that a run may hold, and its data; the user stands in the middle.
+
+    Args:
+        with_texts: users' texts stand in front of their prompts.
+    """
     users = ["ann", user, "bob"]
     save_policy(run_dir, user_ids=users, **settings)
     contexts = checkpoint_of(run_dir) / "contexts.json"
@@ -32,6 +36,10 @@ def make_run(run_dir: Path, user: str, **settings: Any) -> tuple[list[str], Path
         known = json.loads(contexts.read_text())
         known[user]["text"] = CANARY_TEXT
         contexts.write_text(json.dumps(known))
+        seal_directory(checkpoint_of(run_dir))
+    if with_texts:
+        texts = {name: CANARY_TEXT if name == user else f"I am {name}." for name in users}
+        (checkpoint_of(run_dir) / "user_texts.json").write_text(json.dumps(texts))
         seal_directory(checkpoint_of(run_dir))
     (run_dir / "config.yaml").write_text("name: tiny\n")
     for folder in ("eval", "samples"):

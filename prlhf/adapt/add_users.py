@@ -26,7 +26,7 @@ from prlhf.files import (
     write_json_atomic,
     writing_tensors,
 )
-from prlhf.models.assemble import CONTEXTS, USER_IDS, USERS, read_tensors
+from prlhf.models.assemble import CONTEXTS, USER_IDS, USER_TEXTS, USERS, read_tensors
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.user_rows import STORE, write_rows
 from prlhf.usermodel.store import UserStore
@@ -72,6 +72,7 @@ def write_with_users(
     model: PersonalizedModel,
     states: Mapping[str, Tensor],
     facts: Mapping[str, UserFacts],
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a self-sufficient checkpoint directory, whole or not at all; unchanged files are hard-linked where it goes.
 
@@ -80,6 +81,7 @@ def write_with_users(
         states: user id -> row of the user model's table; the new rows follow the known ones in this order, or come
             into the store of a large table.
         facts: of an encoder's new users, who have no rows.
+        texts: new user id -> what stands in front of the user's prompts.
     """
     assert model.users is not None
     out = out.resolve()
@@ -87,7 +89,8 @@ def write_with_users(
     try:
         temporary.mkdir(parents=True)
         table = STORE if (checkpoint / STORE).is_dir() else USERS
-        changed = {MANIFEST, USER_IDS, *([table] if states else []), *([CONTEXTS] if facts else [])}
+        changed = {MANIFEST, USER_IDS}
+        changed.update(name for name, new in ((table, states), (CONTEXTS, facts), (USER_TEXTS, texts)) if new)
         for path in sorted(checkpoint.iterdir()):
             if path.name not in changed and not path.name.startswith((".", *NOT_TAKEN)):
                 link_or_copy(path, temporary / path.name)
@@ -95,6 +98,8 @@ def write_with_users(
         if facts:
             assert model.contexts is not None
             write_json_atomic(temporary / CONTEXTS, facts_record({**model.contexts.facts, **facts}))
+        if texts:
+            write_json_atomic(temporary / USER_TEXTS, {**model.user_texts, **texts})
         shards = _write_states(checkpoint, temporary, model, states) if states else {}
         seal_directory(temporary, shards)
         if out.is_dir():

@@ -27,7 +27,7 @@ from prlhf.files import (
     write_json_atomic,
     writing_tensors,
 )
-from prlhf.models.assemble import CONTEXTS, STATE, USER_IDS, USERS, read_tensors
+from prlhf.models.assemble import CONTEXTS, STATE, USER_IDS, USER_TEXTS, USERS, read_tensors
 from prlhf.models.user_rows import STORE, write_without
 from prlhf.usermodel.store import UserStore
 
@@ -141,8 +141,9 @@ def _json_without(checkpoint: Path, user_id: str) -> dict[str, Any]:
     values: dict[str, Any] = {
         USER_IDS: {"user_ids": [user for user in read_json(checkpoint / USER_IDS)["user_ids"] if user != user_id]}
     }
-    if (checkpoint / CONTEXTS).is_file():
-        values[CONTEXTS] = {user: facts for user, facts in read_json(checkpoint / CONTEXTS).items() if user != user_id}
+    for name in (CONTEXTS, USER_TEXTS):
+        if (checkpoint / name).is_file():
+            values[name] = {user: own for user, own in read_json(checkpoint / name).items() if user != user_id}
     return values
 
 

@@ -30,7 +30,7 @@ from prlhf.engine.tombstones import Tombstones
 from prlhf.errors import CheckpointError, DataError
 from prlhf.evaluation.samples import GENERIC
 from prlhf.files import LockFile, read_json, write_json_atomic
-from prlhf.models.assemble import CONTEXTS, STATE
+from prlhf.models.assemble import CONTEXTS, STATE, USER_TEXTS
 
 REMAINS = (
     "Shared weights (adapters or backbone, the generic soft prompt, clusters, an encoder) that were trained on the "
@@ -180,12 +180,12 @@ def _data_files(data: Path | None) -> list[Path]:
 
 
 def _own_texts(checkpoints: Iterable[Path], data: Iterable[Path], user_id: str) -> frozenset[str]:
-    """Texts that stand in the user's rows and contexts and in nobody else's."""
-    contexts = [path for checkpoint in checkpoints if (path := checkpoint / CONTEXTS).is_file()]
+    """Texts that stand in the user's rows, and in what checkpoints keep of the user, and in nobody else's."""
+    contexts = [checkpoint / name for checkpoint in checkpoints for name in (CONTEXTS, USER_TEXTS)]
     rows = [path for path in data if path.suffix == ".jsonl"]
     own: set[str] = set()
     for mine in (True, False):
-        for path in contexts:
+        for path in filter(Path.is_file, contexts):
             for user, facts in read_json(path).items():
                 if (user == user_id) == mine:
                     own = _changed(own, strings(facts), mine)

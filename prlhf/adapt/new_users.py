@@ -52,15 +52,17 @@ def add_new_users(args: argparse.Namespace) -> int:
             sys.stdout.write(json.dumps(question, ensure_ascii=False) + "\n")
     if args.out is None:
         return 0
+    # Where texts stand in prompts, a known user's has to be kept.
+    texts = _last_texts(feedback) if config.data.user_text == "prompt" else {}
     if model.contexts is not None:
         facts = _facts(model, feedback)
-        write_with_users(directory, args.out, model, {}, facts)
+        write_with_users(directory, args.out, model, {}, facts, texts)
         for user, own in facts.items():
             read = {"text": own.text} if model.contexts.kind == "text" else {"pairs": len(own.pairs)}
             sys.stdout.write(json.dumps({"user_id": user, **read}) + "\n")
         return 0
     fitted = _fit(model, config, feedback, held_out, pool, args)
-    write_with_users(directory, args.out, model, {user: one.state for user, one in fitted.items()}, {})
+    write_with_users(directory, args.out, model, {user: one.state for user, one in fitted.items()}, {}, texts)
     for user, one in fitted.items():
         sys.stdout.write(json.dumps(_report(model, user, one)) + "\n")
     return 0
@@ -158,12 +160,17 @@ def likelihood(config: Config) -> dict[str, Any]:
     return {"beta": config.loss.beta, "per_token": config.loss.kind in REFERENCE_FREE_KINDS}
 
 
+def _last_texts(feedback: Mapping[str, Sequence[JudgedRow]]) -> dict[str, str]:
+    """The last text about each new user of whom something is said."""
+    return {user: row.user_text for user, rows in feedback.items() for row in rows if row.user_text}
+
+
 def _facts(model: PersonalizedModel, feedback: Mapping[str, Sequence[JudgedRow]]) -> dict[str, UserFacts]:
     """What an encoder reads about the new users: their last text, or as many of their pairs as it takes."""
     assert model.contexts is not None
-    kept, wrong = {}, []
+    kept, wrong, texts = {}, [], _last_texts(feedback)
     for user, rows in feedback.items():
-        text = next((row.user_text for row in reversed(rows) if row.user_text), "")
+        text = texts.get(user, "")
         pairs = feedback_pairs(rows)
         unusable = Counter(reason for pair in pairs if (reason := unusable_reason(pair)))
         if model.contexts.kind == "text" and not text:

@@ -17,7 +17,7 @@ from prlhf.config_checks import REFERENCE_FREE_KINDS
 from prlhf.data.context import UserContexts, collect_facts
 from prlhf.data.labelled import labelled_from_pairs, preferences_from_labelled, tokenize_labelled
 from prlhf.data.load import load_judged_data, load_neutral_texts, load_preference_data, load_response_rows
-from prlhf.data.records import LabelledData, LabelledRow, PreferenceData, ResponseRow
+from prlhf.data.records import JudgedRow, LabelledData, LabelledRow, PreferenceData, ResponseRow
 from prlhf.data.sampler import Sampler
 from prlhf.data.tokenize import (
     Tokenized,
@@ -208,7 +208,7 @@ def build_job(config: Config) -> Job:
             f"data.source {config.data.source!r}: no training row is left after tokenizing "
             f"({tokenized.dropped}); raise data.max_tokens or mend the data"
         )
-    contexts = None if data.preferences is None else learn_users_(model, data.preferences, seed=config.seed)
+    contexts = learn_users_(model, config, data)
     model.to(device)
     if model.user_encoder is not None:
         init_user_encoder_(model, spec, [row.prompt_ids + row.responses[0] for row in tokenized.rows[:NUM_PROBES]])
@@ -320,12 +320,20 @@ def check_positions(model: PersonalizedModel, max_tokens: int) -> None:
         )
 
 
-def learn_users_(model: PersonalizedModel, preferences: PreferenceData, *, seed: int) -> UserContexts | None:
+def learn_users_(model: PersonalizedModel, config: Config, data: JobData) -> UserContexts | None:
     """Contexts of the training rows for an encoder; the model learns what a checkpoint keeps of the users.
+
+    Of users whose texts stand in front of their prompts it keeps those, too; the last one of a user counts.
 
     Returns: None for other user models.
     Raises: DataError: there is nothing to read.
     """
+    preferences = data.preferences
+    if preferences is None:
+        return None
+    if config.data.user_text == "prompt" and model.user_encoder is not None:
+        rows: Sequence[JudgedRow] = preferences.train if data.labelled is None else data.labelled
+        model.user_texts = {row.user_id: row.user_text for row in rows if row.user_text}
     if model.contexts is None:
         return None
     contexts = model.contexts.with_facts(collect_facts(preferences.train))
@@ -335,7 +343,7 @@ def learn_users_(model: PersonalizedModel, preferences: PreferenceData, *, seed:
     if model.contexts.kind == "history" and all(len(facts.pairs) < 2 for facts in contexts.facts.values()):
         raise DataError(f"{preferences.source}: user.kind history reads a user's other pairs, and no user has two "
                         "training rows; choose another user.kind")
-    model.contexts.facts = contexts.to_keep(seed)
+    model.contexts.facts = contexts.to_keep(config.seed)
     return contexts
 
 

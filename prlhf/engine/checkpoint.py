@@ -34,6 +34,7 @@ from prlhf.models.assemble import (
     STATE,
     TRAINABLE,
     USER_IDS,
+    USER_TEXTS,
     USERS,
     PolicySpec,
     changed_base,
@@ -173,6 +174,8 @@ def _write_shared_files(
             del shared[stored[0]]
         _save(shared, directory / USERS)
     _save(moments, directory / OPTIMIZER)
+    if model.user_texts:
+        write_json_atomic(directory / USER_TEXTS, model.user_texts)
     if model.contexts is not None:
         write_json_atomic(directory / CONTEXTS, facts_record(model.contexts.facts))
     reach("checkpoint_file")

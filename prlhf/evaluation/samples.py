@@ -121,11 +121,20 @@ def user_contexts(
     ]
 
 
+def user_text(model: PersonalizedModel, user: str) -> str:
+    """What stands in front of a user's prompts, as in training; nothing for "generic"."""
+    return "" if user == GENERIC else model.user_texts.get(user, "")
+
+
 def about_users(model: PersonalizedModel, pairs: Sequence[tuple[str, Prompt]], text: str) -> dict[str, Any]:
-    """What `generate` is told of (user, prompt) pairs: `text` for the encoder that reads texts, else before prompts."""
+    """What `generate` is told of (user, prompt) pairs: `text`, or without one what the checkpoint keeps of each user.
+
+    `text` is for the encoder that reads texts, else before prompts.
+    """
     if text and model.contexts is not None and model.contexts.kind == "text":
         return {"contexts": [model.contexts.read_text(text)] * len(pairs)}
-    return {"contexts": user_contexts(model, pairs), "user_texts": [text] * len(pairs)}
+    before = [text or user_text(model, user) for user, _ in pairs]
+    return {"contexts": user_contexts(model, pairs), "user_texts": before}
 
 
 def score_under_reference(

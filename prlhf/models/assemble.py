@@ -53,6 +53,7 @@ TRAINABLE = "trainable.safetensors"
 USERS = "users.safetensors"
 USER_IDS = "users.json"
 CONTEXTS = "contexts.json"
+USER_TEXTS = "user_texts.json"
 STATE = "state.json"
 
 REWARD_METHODS = ("rm", "prm")
@@ -351,6 +352,8 @@ def load_model(
     if isinstance(model, PersonalizedPolicy) and spec.lora_rank is None:
         model.reference = Reference(model, frozen_copy=True)
     load_trained_(model, directory, lora=spec.lora_rank is not None)
+    if (directory / USER_TEXTS).is_file():
+        model.user_texts = read_json(directory / USER_TEXTS)
     if model.contexts is not None:
         model.contexts.facts = facts_from_record(read_json(directory / CONTEXTS), str(directory / CONTEXTS))
     return model.eval()

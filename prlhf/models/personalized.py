@@ -50,6 +50,7 @@ class PersonalizedModel(nn.Module, ABC):
             has_bos=tokenizer.bos_token_id is not None,
             num_user_tokens=0 if user_encoder is None else user_encoder.num_user_tokens,
         )
+        self.user_texts: dict[str, str] = {}  # user id -> what training had in front of a known user's prompts
         self.packing: Packing | None = None  # set by whoever tried the backbone; None: rows are padded
         self.max_positions: int | None = None  # of a sequence, set by whoever loads the backbone; None: any number
         self.base_sha256 = ""  # of the backbone's weights before training, set by whoever loads them

@@ -46,18 +46,23 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def encode(tokenizer: Any, prompt: str) -> list[int]:
+def load_user_text(folder: Path, user: str | None) -> str:
+    """What stands in front of a user's prompts; nothing for the generic one, and for users of whom nothing is said."""
+    return "" if user is None else str(read_json(folder / ABOUT).get("user_texts", {}).get(user, ""))
+
+
+def encode(tokenizer: Any, prompt: str, user_text: str = "") -> list[int]:
     """Ids of a prompt, BOS first where the tokenizer has one.
 
     Raises: SystemExit: a text of the user's would be read as a special token.
     """
-    wrong = [token for token in tokenizer.all_special_tokens if token in prompt]
-    if wrong:
-        raise SystemExit(f"the prompt holds {wrong[0]!r}, which the tokenizer reads as a special token; take it out")
-    text = f"{prompt}\n"
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    for name, given in (("prompt", prompt), ("user's text", user_text)):
+        wrong = [token for token in tokenizer.all_special_tokens if token in given]
+        if wrong:
+            raise SystemExit(
+                f"the {name} holds {wrong[0]!r}, which the tokenizer reads as a special token; take it out"
+            )
+    text = render(tokenizer, prompt, user_text)
     ids = tokenizer.encode(text, add_special_tokens=False)
     bos = tokenizer.bos_token_id
     if bos is None:
@@ -65,6 +70,26 @@ def encode(tokenizer: Any, prompt: str) -> list[int]:
     if bos == tokenizer.eos_token_id:
         return [bos, *(ids[1:] if ids[:1] == [bos] else ids)]
     return [bos, *(token for token in ids if token != bos)]
+
+
+def render(tokenizer: Any, prompt: str, user_text: str) -> str:
+    """The prompt up to the answer: the user's text is the system message, a line before the prompt without template.
+
+    Where a template refuses or drops system messages, the text opens the user's message.
+    """
+    joined = f"{user_text}\n{prompt}" if user_text else prompt
+    if not tokenizer.chat_template:
+        return f"{joined}\n"
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    if user_text:
+        turns = [{"role": "system", "content": user_text}, {"role": "user", "content": prompt}]
+        try:
+            text = str(tokenizer.apply_chat_template(turns, **options))
+        except Exception:  # a template is a program of its own, and refuses in its own ways
+            text = ""
+        if text and user_text.strip() in text:
+            return text
+    return str(tokenizer.apply_chat_template([{"role": "user", "content": joined}], **options))
 
 
 @torch.no_grad()
@@ -124,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--user", help="a known user's id (default: the generic user)")
+    parser.add_argument("--user-text", help="what is known of the user in words (default: what is kept of a known one)")
     parser.add_argument("--server", metavar="URL", help="of a vLLM server started with --enable-prompt-embeds")
     parser.add_argument("--model", help="the adapter's or model's name on the server")
     parser.add_argument("--max-new-tokens", type=int, default=160)
@@ -136,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(args.folder, adapter=not args.server)
     embeds = make_prompt_embeds(
         model,
-        encode(tokenizer, args.prompt),
+        encode(tokenizer, args.prompt, args.user_text or load_user_text(args.folder, args.user)),
         load_soft_prompt(args.folder, args.user),
         num_bos=0 if tokenizer.bos_token_id is None else 1,
     )

@@ -36,7 +36,8 @@ class Assistant:
 
         Args:
             user: a known user's id; None for somebody nobody knows, who gets the generic user's answer.
-            user_text: what is known of the user in words: read by an encoder of texts, elsewhere put before the prompt.
+            user_text: what is known of the user in words: read by an encoder of texts, elsewhere put before the prompt;
+                "": what the checkpoint keeps of a known user.
             sampling: fields of `SamplingOptions`, such as `temperature=0.0` or `max_new_tokens=64`.
         Raises: DataError: an unknown user, or a prompt that does not fit.
         """

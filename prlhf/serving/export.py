@@ -35,8 +35,9 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path) -> None:
     """Write a policy for other programs; the directory appears when it is complete.
 
     Beside the model: `user_prompts.safetensors`, the soft prompts "generic" (T, D) and "users" (U, T, D) in the
-    model's type; `export.json`, their ids in that order; `answer.py`, which answers a user from these files alone;
-    the tokenizer; a model card; and beside an adapter of the built-in model that model, in `base/`.
+    model's type; `export.json`, their ids in that order, and what stands in front of their prompts; `answer.py`, which
+    answers a user from these files alone; the tokenizer; a model card; and beside an adapter of the built-in model that
+    model, in `base/`.
 
     Args:
         kind: "peft", "merged" or "vllm" (the adapter and how to serve it).
@@ -90,6 +91,7 @@ def _write_users(policy: PersonalizedPolicy, spec: PolicySpec, folder: Path) -> 
         folder / ABOUT,
         {
             "user_ids": users,
+            "user_texts": {user: policy.user_texts[user] for user in users if user in policy.user_texts},
             "num_user_tokens": policy.soft_prompt.num_user_tokens,
             "layout": layout,
             "dtype": spec.dtype,

@@ -165,6 +165,8 @@ def _privacy(policy: PersonalizedPolicy) -> str:
     shared = "The shared weights were trained on people's judgments and may give away what those say."
     if policy.user_encoder is None:
         return shared
-    return f"""`export.json` holds the users' ids and `user_prompts.safetensors` what was learned of each one's taste:
-personal data. Whoever has this folder can answer as any of them. {shared}
+    texts = " and what they say of themselves, which stands in front of their prompts" if policy.user_texts else ""
+    return f"""`export.json` holds the users' ids{texts}, and
+`user_prompts.safetensors` what was learned of each one's taste: personal data. Whoever has this folder can
+answer as any of them. {shared}
 `prlhf forget` does not reach copies like this one: after it, export again and delete this folder."""

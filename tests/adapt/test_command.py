@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,26 @@ def test_a_user_is_added_and_nobody_else_moves_by_a_bit(run: Run) -> None:
     assert (out / "trainable.safetensors").samefile(checkpoint / "trainable.safetensors")
     assert run("adapt", out, "--user", "eve", "--out", run.folder / "with_eve")[0] == 0
     assert torch.equal(load_file(run.folder / "with_eve" / "users.safetensors")["offsets"][3], torch.zeros(3, 32))
+
+
+@pytest.mark.parametrize("kind", ["individual", "text"])
+@pytest.mark.parametrize("setting", ["prompt", "none"])
+def test_a_new_users_text_is_kept_where_prompts_hold_texts(run: Run, kind: str, setting: str) -> None:
+    data = run.folder / "texts"
+    shutil.copytree(run.tiny.data, data)
+    split = {"ann": "seen", "bob": "seen", "cat": "unseen"}
+    users = {user: {"user_text": f"I am {user}.", "split": side} for user, side in split.items()}
+    (data / "users.json").write_text(json.dumps(users))
+    checkpoint = _trained(run, user__kind=kind, data__source=str(data), data__user_text=setting)
+    pairs = [_pair(thing) for thing in EVAL_THINGS[:2]]
+    rows = [{**pair, "user_text": text} for pair, text in zip(pairs, ("I sang.", "I sail."), strict=True)]
+    feedback = write_jsonl(run.folder / "dora.jsonl", rows)
+    out, again = run.folder / "with_dora", run.folder / "with_eve"
+    assert run("adapt", checkpoint, "--user", "dora", "--feedback", feedback, "--out", out)[0] == 0
+    texts = {"ann": "I am ann.", "bob": "I am bob.", "dora": "I sail."}
+    assert load_policy(out).user_texts == (texts if setting == "prompt" else {})
+    assert run("adapt", out, "--user", "eve", "--feedback", feedback, "--out", again)[0] == 0
+    assert load_policy(again).user_texts == ({**texts, "eve": "I sail."} if setting == "prompt" else {})
 
 
 def test_many_users_come_from_one_file(run: Run) -> None:

@@ -93,6 +93,16 @@ def test_what_is_not_the_users_stays(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+def test_what_stood_in_front_of_the_users_prompts_goes_from_the_checkpoint_and_marks_samples(tmp_path: Path) -> None:
+    user = secrets.token_hex(16)
+    make_run(tmp_path / "run", user, with_texts=True)
+    receipt = forget_user(tmp_path / "run", user)
+    assert any("user_texts.json" in what for what in receipt["removed"])
+    left = bytes_of(tmp_path / "run")
+    assert user.encode() not in left and CANARY_TEXT.encode() not in left
+    assert load_policy(tmp_path / "run").user_texts == {"ann": "I am ann.", "bob": "I am bob."}
+
+
 def test_forgetting_twice_changes_nothing_and_gives_the_receipt_again(tmp_path: Path) -> None:
     make_run(tmp_path / "run", "cat")
     receipt = forget_user(tmp_path / "run", "cat")

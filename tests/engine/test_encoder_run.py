@@ -184,19 +184,21 @@ def test_generate_reads_what_an_unknown_user_says(world: Tiny, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_those_of_the_user_s_own_context(world: Tiny, tmp_path: Path, kind: str) -> None:
+    """Behind the user's own text, which training had in front of the prompt."""
     job = perturbed_job(world.config(user__kind=kind, method="prm"))
     saved(job, tmp_path / "run")
     model = load_reward_model(tmp_path / "run")
     file = write_jsonl(tmp_path / "f.jsonl", [{"prompt": "Tell me about tea", "chosen": "It is.", "rejected": "No."}])
     records = score_file(tmp_path / "run", file, ["s0", "s1", "generic"])
-    tokenized = tokenize.tokenize_pairs(
-        [PreferenceRow("p", "s0", "Tell me about tea", "It is.", "No.")], model.tokenizer, model.users,
-        max_tokens=200, max_prompt_tokens=64, num_user_tokens=3,
-    )
-    assert model.contexts is not None
+    assert model.contexts is not None and job.preferences is not None
+    texts = job.preferences.user_texts()
     for record in records:
         user = record["user_id"]
         known = user != "generic"
+        tokenized = tokenize.tokenize_pairs(
+            [PreferenceRow("p", user, "Tell me about tea", "It is.", "No.", texts[user] if known else "")],
+            model.tokenizer, model.users if known else None, max_tokens=200, max_prompt_tokens=64, num_user_tokens=3,
+        )
         context = model.contexts.of_user(user, "Tell me about tea", ("It is.", "No.")) if known else ()
         batch = collate_pairs(tokenized.rows, job.pad_id, [context])
         scores = model.scores(batch, batch.user_ids, batch.context)

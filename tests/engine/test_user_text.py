@@ -12,14 +12,21 @@ from typing import Any
 import pytest
 import torch
 
+import prlhf
+from prlhf.cli import main
 from prlhf.data.collate import collate_pairs
 from prlhf.data.records import Message, PreferenceRow
 from prlhf.data.tokenize import TokenizedPair, tokenize_pairs
 from prlhf.engine import final
-from prlhf.engine.build import tokenize_limits
+from prlhf.engine.build import Job, tokenize_limits
+from prlhf.engine.checkpoint import Progress
 from prlhf.engine.objective import ReferenceLogps
+from prlhf.engine.score import score_file
+from prlhf.engine.trainer import save_job
 from prlhf.evaluation import baselines
-from tests.tiny_run import Tiny, perturbed_job
+from prlhf.generation import SamplingOptions, generate
+from prlhf.models import PersonalizedPolicy
+from tests.tiny_run import Tiny, perturbed_job, write_jsonl
 
 
 @pytest.fixture
@@ -105,3 +112,60 @@ def test_the_baselines_prompts_hold_the_users_text_where_training_has_it_there(
         assert any(front in prompt for prompt in prompts["ann"])
     assert all(("I sail." in prompt) == (setting == "prompt") for prompt in prompts["ann"])
     assert not any("I sail." in prompt for prompt in prompts["bob"])
+
+
+def saved_job(tiny: Tiny, texts: Path, run_dir: Path, **settings: Any) -> Job:
+    job = perturbed_job(tiny.config(data__source=str(texts), **settings))
+    save_job(job, Progress(step=1), run_dir)
+    return job
+
+
+@pytest.mark.parametrize("setting", ["prompt", "none"])
+def test_a_known_user_is_scored_behind_their_own_text_unless_the_line_gives_one(
+    tiny: Tiny, texts: Path, setting: str, tmp_path: Path
+) -> None:
+    saved_job(tiny, texts, tmp_path / "run", method="prm", data__user_text=setting)
+    line = {"prompt": "Why?", "chosen": "It is so.", "rejected": "No."}
+    lines = [line, *({**line, "user_text": text} for text in ("I sail.", "I knit."))]
+    records = score_file(tmp_path / "run", write_jsonl(tmp_path / "f.jsonl", lines), ["ann", "bob", "generic"])
+    scores = {(record["user_id"], record["line"]): record["chosen"] for record in records}
+    assert scores["ann", 1] == pytest.approx(scores["ann", 2], abs=1e-6)
+    assert (abs(scores["ann", 3] - scores["ann", 1]) > 1e-4) == (setting == "prompt")
+    for user in ("bob", "generic"):
+        assert (abs(scores[user, 1] - scores[user, 2]) > 1e-4) == (setting == "prompt"), "nothing is said about them"
+
+
+@pytest.mark.parametrize("kind", ["individual", "text", "history"])
+@pytest.mark.parametrize("setting", ["prompt", "none"])
+def test_a_known_user_is_answered_behind_their_own_text_unless_another_is_given(
+    tiny: Tiny, texts: Path, kind: str, setting: str, tmp_path: Path
+) -> None:
+    """By `generate` and `prlhf.load`, as in the run's own evaluation."""
+    job = saved_job(tiny, texts, tmp_path / "run", user__kind=kind, data__user_text=setting)
+    policy = job.model.eval()
+    assert isinstance(policy, PersonalizedPolicy)
+    options = SamplingOptions(max_new_tokens=8, temperature=0.0)
+
+    def expected(user: str | None, before: str, read: str | None = None) -> str:
+        contexts = None
+        if policy.contexts is not None:
+            known = () if user is None else policy.contexts.of_user(user, "Why?")
+            contexts = [known if read is None else policy.contexts.read_text(read)]
+        index = 0 if user is None or policy.users is None else policy.users.index(user)
+        return generate(policy, ["Why?"], [index], user_texts=[before], contexts=contexts, options=options)[0]
+
+    own = "I sail." if setting == "prompt" else ""
+    model = prlhf.load(tmp_path / "run")
+    sampling: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.0}
+    assert model.policy.user_texts == ({"ann": own} if own else {})
+    for user, before in (("ann", own), ("bob", ""), (None, "")):
+        assert model.answer("Why?", user, **sampling) == expected(user, before)
+    given = expected("ann", *(("", "I knit.") if kind == "text" else ("I knit.",)))
+    assert model.answer("Why?", "ann", user_text="I knit.", **sampling) == given
+    (tmp_path / "prompts.txt").write_text("Why?\n")
+    arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out.jsonl"), "--temperature", "0"]
+    assert main(["generate", str(tmp_path / "run"), "--users", "all", "--max-new-tokens", "8", *arguments]) == 0
+    answers = [json.loads(answer)["response"] for answer in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert answers == [expected("ann", own), expected("bob", "")]
+    if own:
+        assert expected("ann", own) != expected("ann", "")

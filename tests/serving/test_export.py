@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prlhf.cli import main
 from prlhf.data.context import collate_contexts
 from prlhf.data.tokenize import encode_prompt
+from prlhf.files import seal_directory
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models import PersonalizedPolicy
 from prlhf.models.backbone import builtin_model_dir, hash_state
@@ -184,10 +185,41 @@ def test_an_export_is_never_written_over(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_script_encodes_prompts_as_training_does(variant: str) -> None:
+@pytest.mark.parametrize("user_text", ["", "I sail."])
+def test_the_script_encodes_prompts_as_training_does(variant: str, user_text: str) -> None:
     tokenizer = tiny_tokenizer(variant)
     for prompt in ("Tell me about tea.", " Bees?\n", "é"):
-        assert answer.encode(tokenizer, prompt) == encode_prompt(tokenizer, prompt, max_prompt_tokens=100)
+        expected = encode_prompt(tokenizer, prompt, user_text, max_prompt_tokens=100)
+        assert answer.encode(tokenizer, prompt, user_text) == expected
+
+
+@pytest.mark.parametrize("template", [
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ m.content + '\n' }}{% endfor %}",
+    "{% for m in messages if m.role == 'user' %}{{ m.content + '\n' }}{% endfor %}",
+], ids=["refuses", "drops"])
+def test_the_script_keeps_the_users_text_where_a_template_takes_no_system_message(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    expected = encode_prompt(tokenizer, "Tea?", "I sail.", max_prompt_tokens=100)
+    assert answer.encode(tokenizer, "Tea?", "I sail.") == expected
+    assert "I sail.\nTea?" in tokenizer.decode(expected)
+
+
+def test_the_script_answers_a_known_user_behind_the_text_that_the_checkpoint_keeps(tmp_path: Path, capsys: Any) -> None:
+    policy = save_policy(tmp_path / "run")
+    (checkpoint_of(tmp_path / "run") / "user_texts.json").write_text('{"cat": "I sail."}')
+    seal_directory(checkpoint_of(tmp_path / "run"))
+    export_checkpoint(tmp_path / "run", "merged", tmp_path / "out")
+    options = SamplingOptions(max_new_tokens=6, temperature=0)
+    settings = ["--folder", str(tmp_path / "out"), "--prompt", "Tea?", "--temperature", "0", "--max-new-tokens", "6"]
+    given: tuple[tuple[str, list[str]], ...] = (("I sail.", []), ("I knit.", ["--user-text", "I knit."]))
+    for text, arguments in given:
+        answer.main([*settings, "--user", "cat", *arguments])
+        expected = generate(policy, ["Tea?"], [3], user_texts=[text], options=options)[0]
+        assert capsys.readouterr().out.strip() == expected.strip()
+    assert [answer.load_user_text(tmp_path / "out", user) for user in (None, "ann", "cat")] == ["", "", "I sail."]
+    assert "what they say of themselves" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_script_refuses_special_tokens_and_unknown_users(tmp_path: Path) -> None:
