@@ -154,7 +154,7 @@ def load_neutral_texts(path: str | None, data: PreferenceData) -> list[ResponseR
         data: a row with a prompt or a response of these is left out.
     Raises: DataError: no such file, or no text is left in it.
     """
-    if path is None and not data.source.startswith("builtin:"):
+    if path is None and data.world is None:
         return []
     if path is None:
         _, rows = load_response_rows(BUILTIN_TEXT, seed=0, eval_prompts=0.0)

@@ -1,4 +1,7 @@
-"""The prepared data directory: train, dev, eval_seen, eval_unseen as JSON Lines, and optionally users.json."""
+"""The prepared data directory: train, dev, eval_seen, eval_unseen as JSON Lines, and optionally users.json.
+
+`origin.json` is there for rows of a built-in data set: {"source": "builtin:NAME", "ceiling": share or null}.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ from prlhf.errors import DataError
 
 SPLITS = ("train", "dev", "eval_seen", "eval_unseen")
 USERS_FILE = "users.json"
+ORIGIN_FILE = "origin.json"
 logger = logging.getLogger(__name__)
 
 Located = list[tuple[str, JudgedRow]]
@@ -84,6 +88,8 @@ def write_prepared(
             write_jsonl(temporary / f"{name}.jsonl", map(record_from_row, rows))
         if users is not None:
             write_jsonl(temporary / USERS_FILE, [users])
+        if data.world is not None:
+            write_jsonl(temporary / ORIGIN_FILE, [{"source": data.world, "ceiling": data.ceiling}])
         if directory.exists():
             directory.rename(replaced)
         temporary.rename(directory)
@@ -110,7 +116,7 @@ def check_writable(directory: Path, *, force: bool) -> None:
     if not directory.is_dir():
         raise DataError(f"{directory}: is a file; --out names a directory")
     names = {path.name for path in directory.iterdir()}
-    if not names <= {USERS_FILE, *(f"{name}.jsonl" for name in SPLITS)}:
+    if not names <= {USERS_FILE, ORIGIN_FILE, *(f"{name}.jsonl" for name in SPLITS)}:
         raise DataError(f"{directory}: holds other files than prepared data; choose another --out")
     if not force:
         raise DataError(f"{directory}: already holds prepared data; choose another --out, or replace it with --force")
@@ -120,7 +126,7 @@ def load_prepared(directory: Path, *, on_bad_row: OnBadRow = "error") -> Prefere
     """Load a prepared directory, of pairs or of unpaired rows, and check it.
 
     Raises: DataError: no train.jsonl; a bad row; rows of both kinds; a pair_id for two different pairs; a pair in two
-        of train, dev and evaluation; a user on the wrong side of users.json.
+        of train, dev and evaluation; a user on the wrong side of users.json; an origin.json that says something else.
     """
     if not (directory / "train.jsonl").is_file():
         raise DataError(f"{directory}: no train.jsonl; give a directory made by `prlhf data prepare`")
@@ -138,7 +144,10 @@ def load_prepared(directory: Path, *, on_bad_row: OnBadRow = "error") -> Prefere
     declared = None if users is None else tuple(user_id for user_id, user in users.items() if user["split"] == "seen")
     make = LabelledData if labelled else PreferenceData
     preferences = {user_id: user["preference"] for user_id, user in (users or {}).items() if "preference" in user}
-    return make(**rows, source=str(directory), declared_users=declared, preferences=preferences)
+    origin, ceiling = _load_origin(directory / ORIGIN_FILE)
+    return make(
+        **rows, source=str(directory), declared_users=declared, ceiling=ceiling, preferences=preferences, origin=origin
+    )
 
 
 def read_judgments(path: Path, on_bad_row: OnBadRow) -> Located:
@@ -237,6 +246,19 @@ def _load_users(path: Path) -> dict[str, dict[str, str]] | None:
             if not isinstance(user.get(name, ""), str):
                 raise DataError(f"{where}: {name} is {quote(user[name])}, expected a string")
     return users
+
+
+def _load_origin(path: Path) -> tuple[str | None, float | None]:
+    """The built-in data set that the rows are from, and its ceiling, where they are known."""
+    if not path.exists():
+        return None, None
+    origin = read_json_object(path)
+    source, ceiling = origin.get("source"), origin.get("ceiling")
+    is_share = ceiling is None or (type(ceiling) in (int, float) and 0 <= ceiling <= 1)
+    if not isinstance(source, str) or not is_share:
+        raise DataError(f'{path}: {quote(origin)}, expected {{"source": "builtin:NAME", "ceiling": share or null}}; '
+                        "mend it, or remove it if the rows are not built-in ones")
+    return source, ceiling
 
 
 def _with_user_text(row: JudgedRow, users: Mapping[str, dict[str, str]], where: str) -> JudgedRow:

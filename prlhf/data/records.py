@@ -92,6 +92,7 @@ class JudgedData(Generic[Row]):
         declared_users: seen user ids in the order of users.json; None without one.
         ceiling: expected accuracy of one who knows every user's taste, below 1 where labels are noisy; None: not known.
         preferences: user id -> what the user likes, in a sentence; for the prompted baseline alone.
+        origin: the built-in data set that the rows of a prepared directory were drawn from; None elsewhere.
     """
 
     train: list[Row]
@@ -102,6 +103,12 @@ class JudgedData(Generic[Row]):
     declared_users: tuple[str, ...] | None = None
     ceiling: float | None = None
     preferences: Mapping[str, str] = field(default_factory=dict)
+    origin: str | None = None
+
+    @property
+    def world(self) -> str | None:
+        """The built-in data set that the rows are from, prepared or not; None for other data."""
+        return self.source if self.source.startswith("builtin:") else self.origin
 
     def user_ids(self) -> list[str]:
         """Seen users: the declared ones, else those of the training rows in order of first appearance."""

@@ -314,7 +314,7 @@ def evaluate_preferences(
     wanted = evaluator.config.eval.generate
     if not wanted or not data.eval_seen or not isinstance(evaluator.model, PersonalizedPolicy):
         return figures, {}
-    judge = RuleJudge() if data.source == "builtin:psoups" else None
+    judge = RuleJudge() if RuleJudge.knows(data.world, data.user_ids()) else None
     prompts = list(dict.fromkeys(row.prompt for row in data.eval_seen))[:wanted]
     generated: dict[str, Any] = {"samples": {}}
     if is_main():

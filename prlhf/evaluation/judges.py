@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from prlhf.data.load import BUILTIN_PSOUPS
 from prlhf.data.world.authored import load_general_text, load_tone, load_topics
 from prlhf.data.world.psoups import TASTES
 from prlhf.data.world.render import AXES
@@ -30,6 +31,11 @@ class RuleJudge:
         for wording in (*general.answers, *general.backgrounds):
             sentences += [wording.simple, wording.expert]
         self._vocabulary = {word for sentence in sentences for word in _words(sentence)}
+
+    @staticmethod
+    def knows(world: str | None, users: Iterable[str]) -> bool:
+        """Whether these are users of the built-in world that the rules are of."""
+        return world == BUILTIN_PSOUPS and set(users) <= TASTES.keys()
 
     def score(self, text: str, axis: str) -> float:
         """Register: mean letters a word; length: words; tone: warm words minus cold words.

@@ -66,6 +66,27 @@ def test_wishes_come_back(tmp_path: Path) -> None:
     assert data.user_ids() == built.user_ids()
 
 
+def test_rows_of_a_built_in_world_keep_their_origin_and_their_ceiling(tmp_path: Path) -> None:
+    built = replace(data(), source="builtin:prism", ceiling=0.9)
+    write_prepared(tmp_path / "out", built)
+    assert json.loads((tmp_path / "out" / "origin.json").read_text()) == {"source": "builtin:prism", "ceiling": 0.9}
+    loaded = load_prepared(tmp_path / "out")
+    assert (loaded.source, loaded.world, loaded.ceiling) == (str(tmp_path / "out"), "builtin:prism", 0.9)
+    write_prepared(tmp_path / "again", loaded)
+    assert load_prepared(tmp_path / "again").world == "builtin:prism"
+    write_prepared(tmp_path / "out", data(), force=True)
+    assert load_prepared(tmp_path / "out").world is None, "of rows from elsewhere nothing is written"
+
+
+@pytest.mark.parametrize("origin", [{}, {"source": 3}, {"source": "builtin:prism", "ceiling": "high"},
+                                    {"source": "builtin:prism", "ceiling": 90}, {"source": "a", "ceiling": True}])
+def test_an_origin_that_is_none_is_refused(tmp_path: Path, origin: dict) -> None:
+    raw = write_raw(tmp_path / "raw")
+    (raw / "origin.json").write_text(json.dumps(origin))
+    with pytest.raises(DataError, match=r"origin.json: .*expected .*; mend it, or remove it"):
+        load_prepared(raw)
+
+
 def test_a_directory_that_holds_something_is_refused_and_force_replaces_prepared_data_only(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

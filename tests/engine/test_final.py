@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from prlhf.data import load
+from prlhf.data.prepared import write_prepared
 from prlhf.data.records import PreferenceRow
 from prlhf.data.world import psoups
 from prlhf.engine import final as final_module
@@ -17,6 +19,7 @@ from prlhf.engine.final import Evaluator
 from prlhf.engine.trainer import train
 from prlhf.errors import DataError
 from prlhf.evaluation.accuracy import PairMargins
+from prlhf.evaluation.judges import RuleJudge
 from prlhf.evaluation.report import load_final
 from tests.tiny_run import Tiny, perturbed_job
 
@@ -93,6 +96,26 @@ def test_a_run_of_the_built_in_world_is_judged(world_run: Path) -> None:
     assert final["tax"]["num_users"] == len(users)
     assert list(final["words"]["per_user"]) == users
     assert min(final["words"]["generic"], final["words"]["reference"]) >= 0
+
+
+def test_a_run_on_prepared_rows_of_the_built_in_world_is_judged_like_one_on_the_world(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, pairs in (("TRAIN_PAIRS", 2), ("DEV_PAIRS", 1), ("EVAL_PAIRS", 2)):
+            patch.setattr(psoups, name, pairs)
+        patch.setattr(load, "MAX_NEUTRAL_TEXTS", 8)
+        built = load.load_preference_data("builtin:psoups", seed=1, eval_prompts=0.0, unseen_users=0.0)
+        write_prepared(tmp_path / "data", dataclasses.replace(built, ceiling=0.75))
+        settings = {"data__max_tokens": 400, "eval__generate": 1, "train__max_steps": 1, "eval__few_shot": 0}
+        final = train(tiny.config(data__source=str(tmp_path / "data"), **settings), tmp_path / "run")
+    assert (final["win_rate"]["judge"], final["ceiling"], final["tax"]["source"]) == ("rule", 0.75, "builtin:text")
+    assert list(final["on_side"]) == built.user_ids() and final["data"]["source"] == str(tmp_path / "data")
+
+
+def test_the_judge_keeps_silent_on_users_that_the_world_does_not_have() -> None:
+    assert RuleJudge.knows("builtin:psoups", ["P1A", "P3B"])
+    assert not RuleJudge.knows("builtin:psoups", ["P1A", "zoe"]) and not RuleJudge.knows(None, ["P1A"])
 
 
 def test_samples_are_kept_beside_the_figures(world_run: Path) -> None:
