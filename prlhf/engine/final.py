@@ -183,12 +183,12 @@ class Evaluator:
         overlap: dict[str, dict[str, int]] = {name: {"rows": len(rows)} for name, rows in parts.items()}
         if data.train:
             overlap = {name: {**own, **count_overlap(data.train, parts[name])} for name, own in overlap.items()}
-        if self.model.user_encoder is None or self.contexts is not None:  # to an encoder, ids say nothing
+        if self.model.user_encoder is None:
             return {"overlap": overlap, "shuffled_users": None}
         tokenized = self._tokenize_pairs(data.eval_seen, self.model.users)
         options = {"seed": self.config.seed, **self.pairs, **self.scoring}
         with self.autocast():
-            shuffled = shuffled_users(self.model, data.eval_seen, tokenized, **options)
+            shuffled = shuffled_users(self.model, data.eval_seen, tokenized, self.contexts, **options)
         expected = expected_when_shuffled(data.train, data.eval_seen)
         return {"overlap": overlap, "shuffled_users": shuffled and {**shuffled, "expected": expected}}
 

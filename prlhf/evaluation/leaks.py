@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prlhf.data.context import Context, UserContexts
 from prlhf.data.records import PreferenceRow, pair_content
 from prlhf.data.tokenize import TokenizedPair
 from prlhf.evaluation.accuracy import score_pairs
@@ -26,14 +27,19 @@ def shuffled_users(
     model: PersonalizedModel,
     rows: Sequence[PreferenceRow],
     tokenized: Sequence[TokenizedPair],
+    contexts: UserContexts | None = None,
     *,
     seed: int,
     **options: Any,
 ) -> dict[str, Any] | None:
     """Accuracy when each row's user is drawn anew from the users' frequencies, mean of 20 draws.
 
+    An encoder reads of a row what is known of the drawn user: their text, or pairs without the row's prompt and
+    responses. Prompts stay as they are, with what they hold of the row's own user.
+
     Args:
         rows: the records; `tokenized[i].row` indexes them.
+        contexts: of the rows' users, for an encoder.
         **options: of `score_pairs`.
     Returns: {"mean", "num_rows", "num_draws"}; None without rows. A random part of the pairs is scored, each with the
         rows of all who judged it: what opposed users of a pair owe to chance cancels out.
@@ -44,13 +50,20 @@ def shuffled_users(
     num_users = len({ids.user_id for ids in tokenized})
     kept = _draw_pairs(rows, tokenized, MAX_SCORED_ROWS // min(num_users, NUM_DRAWS), generator)
     drawn = generator.integers(len(tokenized), size=(NUM_DRAWS, len(kept)))
-    shuffled = [
-        replace(ids, user_id=tokenized[source].user_id)
-        for draw in drawn
-        for ids, source in zip(kept, draw, strict=True)
-    ]
-    margins = score_pairs(model, rows, shuffled, **options).individual
+    pairs = [(ids, tokenized[source]) for draw in drawn for ids, source in zip(kept, draw, strict=True)]
+    shuffled = [replace(ids, user_id=source.user_id) for ids, source in pairs]
+    read = None
+    if contexts is not None:
+        read = [_drawn_context(contexts, rows[ids.row], rows[source.row], (seed, ids.row)) for ids, source in pairs]
+    margins = score_pairs(model, rows, shuffled, contexts=read, **options).individual
     return {"mean": float((margins > 0).mean()), "num_rows": len(kept), "num_draws": NUM_DRAWS}
+
+
+def _drawn_context(
+    contexts: UserContexts, row: PreferenceRow, source: PreferenceRow, key: Sequence[int]
+) -> Context:
+    """What an encoder reads of the user of another row when it is asked about this one."""
+    return contexts.of_row(replace(row, user_id=source.user_id, user_text=source.user_text), key)
 
 
 def _draw_pairs(

@@ -65,7 +65,12 @@ def test_prm_serves_users_it_never_saw(
 ) -> None:
     settings = {"method": "prm", "user__kind": kind, "train__max_steps": steps, "train__batch_rows": 8}
     figures = serve_the_unseen(world, tmp_path / "run", **settings)
+    shuffled = figures["leaks"]["shuffled_users"]
+    assert shuffled["expected"] == {"mean": pytest.approx(0.5, abs=0.05), "known": pytest.approx(1.0, abs=0.05)}
+    assert shuffled["mean"] == pytest.approx(shuffled["expected"]["mean"], abs=0.1), "what it reads decides"
+    assert figures["accuracy"]["seen"]["mean"] >= 0.8
     table = format_figures(figures)
+    assert "users drawn anew (expected" in table
     assert f"unseen users, own {kind}" in table and "unseen users, generic user" in table
     again = evaluate_checkpoint(tmp_path / "run", source=None, overrides=[])
     assert again["accuracy"] == figures["accuracy"], "the checkpoint and the data give the run's own figures"

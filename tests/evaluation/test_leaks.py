@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
 from prlhf.data.check import count_overlap
+from prlhf.data.context import Context, UserContexts, collect_facts
 from prlhf.data.records import PreferenceRow
+from prlhf.data.render import encode_text
 from prlhf.data.tokenize import TokenizedPair
 from prlhf.evaluation import leaks
 from prlhf.evaluation.accuracy import PairMargins
 from prlhf.evaluation.leaks import expected_when_shuffled, shuffled_users
+from tests.tokenizers import tiny_tokenizer
 
 SHORT, LONG = "short", "a longer one"
 
@@ -94,6 +97,41 @@ def test_all_who_judged_a_pair_are_scored_together(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(leaks, "score_pairs", score)
     figures = shuffled_users(None, rows, tokenized, seed=3)  # type: ignore[arg-type]
     assert figures == {"mean": 0.5, "num_rows": 600, "num_draws": 20}
+
+
+@pytest.mark.parametrize("kind", ["text", "history"])
+def test_an_encoder_reads_of_the_drawn_user_and_no_pair_about_the_rows_prompt(
+    kind: Literal["text", "history"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A perfect reader is right where both users want the same: 0.58 of 2,000 draws, to three standard errors."""
+    rows = [replace(row, user_text=f"I am {row.user_id}.") for row in opposed(100, 0.3, shared=False)]
+    users = {"ann": 1, "bob": 2}
+    tokenized = [TokenizedPair(i, users[row.user_id], (1,), (2,), (3,)) for i, row in enumerate(rows)]
+    tokenizer = tiny_tokenizer()
+    contexts = UserContexts(kind, tokenizer, max_tokens=50, max_pairs=99, facts=collect_facts(rows))
+    contexts.facts["ann"] = replace(contexts.facts["ann"], text="I changed.")  # a row's own text counts
+
+    every_text = [*(text for row in rows for text in (row.chosen, row.rejected)), "I am ann.", "I am bob."]
+    text_of = {tuple(encode_text(tokenizer, text)): text for text in every_text}
+
+    def score(_: Any, __: Any, shuffled: list[TokenizedPair], contexts: list[Context], **___: Any) -> PairMargins:
+        right = []
+        for ids, context in zip(shuffled, contexts, strict=True):
+            drawn = next(user for user, index in users.items() if index == ids.user_id)
+            texts = [text_of[text] for text in context]
+            if kind == "text":
+                assert texts == [f"I am {drawn}."]
+            else:
+                wanted = LONG if drawn == "ann" else SHORT
+                own = {row.chosen for row in rows if row.user_id == drawn} - {rows[ids.row].chosen}
+                assert set(texts[0::2]) == own and all(text.startswith(wanted) for text in own)
+            right.append(1.0 if rows[ids.row].user_id == drawn else -1.0)
+        return PairMargins([], np.array(right), np.array(right), None)
+
+    monkeypatch.setattr(leaks, "score_pairs", score)
+    figures = shuffled_users(None, rows, tokenized, contexts, seed=3)  # type: ignore[arg-type]
+    assert figures is not None and (figures["num_rows"], figures["num_draws"]) == (100, 20)
+    assert figures["mean"] == pytest.approx(0.58, abs=0.033)
 
 
 def test_overlap_counts_prompts_pairs_and_responses() -> None:
