@@ -202,8 +202,13 @@ def test_chat_answers_until_the_input_ends(run: Run, trained: Path, monkeypatch:
 def test_compare_tabulates_runs(run: Run, trained: Path) -> None:
     code, out, _ = run("compare", trained / "tiny", trained / "vanilla")
     assert code == 0
-    lines = [line for line in out.splitlines() if line.startswith("| ")]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["reference (by log-probs)", "tiny", "vanilla"]
+    runs, checks = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()] for table in out.split("\n\n")
+    )
+    assert [row[0] for row in runs[2:]] == ["reference (by log-probs)", "tiny", "vanilla"]
+    assert checks[0] == ["baselines and checks", "tiny", "vanilla"]
+    assert ["seen rows with a training prompt/pair/response", "0/0/0 of 6", "0/0/0 of 6"] in checks
+    assert ["length alone, seen users", "1.000", "1.000"] in checks
 
 
 def test_compare_keeps_runs_of_one_name_apart(run: Run, trained: Path, tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 
 from prlhf.config import Config, config_from_dict, config_to_dict, load_config
 from prlhf.data.load import load_evaluation_file
-from prlhf.data.records import Message, PreferenceData
+from prlhf.data.records import PreferenceData
 from prlhf.engine.build import evaluation_contexts, load_job_data, load_job_neutral, make_autocast, pick_device
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.engine.child import SignalRelay, is_finished, train_in_child
 from prlhf.engine.final import Evaluator, evaluate_preferences
 from prlhf.errors import ConfigError, DataError
-from prlhf.evaluation.judges import RuleJudge
-from prlhf.evaluation.report import format_comparison, format_tax_comparison, load_final, make_table
-from prlhf.evaluation.samples import Sample, win_rates
+from prlhf.evaluation.check_table import format_checks
+from prlhf.evaluation.report import format_comparison, load_final
+from prlhf.evaluation.win_table import format_wins, rates_between
 from prlhf.files import read_json_lines
 from prlhf.models.assemble import load_model, resolve_checkpoint
 from prlhf.models.backbone import pad_token_id
@@ -136,7 +136,11 @@ def compare_runs(targets: Sequence[str], overrides: Sequence[str], *, runs: Path
         raise DataError(
             *(f"{name}: has no preference accuracy to compare (method {finals[name]['method']})" for name in without)
         )
-    tables = (format_comparison(finals), format_tax_comparison(finals), _format_win_rates(named, finals))
+    judged = [name for name, final in finals.items() if final.get("win_rate")]
+    wins = rates_between(
+        finals, {name: read_json_lines(named[name] / "samples" / "policy.jsonl") for name in judged}
+    )
+    tables = (format_comparison(finals), format_checks(finals, wins), format_wins(wins))
     return "\n\n".join(table for table in tables if table) + "\n"
 
 
@@ -147,33 +151,3 @@ def _train_if_needed(target: str, overrides: Sequence[str], runs: Path, relay: S
     if code != 0:
         raise ConfigError(f"{target}: training ended with exit code {code}; see the messages above")
     return run_dir
-
-
-def _format_win_rates(folders: dict[str, Path], finals: dict[str, dict[str, Any]]) -> str:
-    """Each run's answers against every other run's, where the rule judge applies."""
-    sampled = {name: _load_samples(folder) for name, folder in folders.items() if finals[name].get("on_side")}
-    rows = []
-    for name, ours in sampled.items():
-        against = {"reference": finals[name]["win_rate"]}
-        for other, theirs in sampled.items():
-            if other != name and [(s.user_id, s.prompt) for s in ours] == [(s.user_id, s.prompt) for s in theirs]:
-                against[other] = win_rates(ours, theirs, RuleJudge(), opponent=other)
-        rows += [
-            [name, opponent, *(str(rate[key]) for key in ("wins", "ties", "losses")), f"{rate['mean']:.3f}"]
-            for opponent, rate in against.items()
-        ]
-    if not rows:
-        return ""
-    return make_table(["answers of", "against", "wins", "ties", "losses", "mean (tie = 1/2)"], rows)
-
-
-def _load_samples(run_dir: Path) -> list[Sample]:
-    path = run_dir / "samples" / "policy.jsonl"
-    samples = []
-    for record in read_json_lines(path):
-        prompt = record["prompt"]
-        if not isinstance(prompt, str):
-            record["prompt"] = tuple(Message(**turn) for turn in prompt)
-        nll = record["nll_per_token"]
-        samples.append(Sample(**{**record, "nll_per_token": float("nan") if nll is None else nll}))
-    return samples

@@ -17,6 +17,7 @@ from prlhf.config import Config, load_config, read_text
 from prlhf.config_checks import NAME, NAME_RULE
 from prlhf.engine.child import SignalRelay, is_finished, train_in_child
 from prlhf.errors import ConfigError
+from prlhf.evaluation.check_table import format_check_spans
 from prlhf.evaluation.report import load_final
 from prlhf.evaluation.sweep_table import format_sweep, summarize_sweep
 from prlhf.files import write_json_atomic, write_text_atomic
@@ -105,7 +106,8 @@ def run_sweep(sweep: Sweep, *, runs: Path) -> tuple[str, list[str]]:
     if not finished:
         return "", failures
     settings = summarize_sweep(finished)
-    table = format_sweep(settings)
+    spans = format_check_spans({name: final for name, _, _, final in finished})
+    table = format_sweep(settings) + (f"\n{spans}\n" if spans else "")
     write_json_atomic(folder / "sweep.json", {"sweep": sweep.name, "base": sweep.base, "settings": settings})
     write_text_atomic(folder / "sweep.md", f"# {sweep.name}\n\n{table}")
     return table, failures

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prlhf.evaluation import figures
+from prlhf.evaluation.check_table import check_rows
 from prlhf.evaluation.figure_data import (
     Curve,
     accuracy_by_user,
@@ -20,6 +21,7 @@ from prlhf.evaluation.figure_data import (
     worst_users,
 )
 from prlhf.evaluation.run_files import RunFiles, read_runs
+from prlhf.evaluation.win_table import rates_between
 from prlhf.files import write_text_atomic
 
 REPORT = "report.html"
@@ -72,7 +74,7 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Path:
 def render_report(runs: Sequence[RunFiles]) -> str:
     """The page as HTML; the same runs give the same text."""
     title = f"prlhf: {', '.join(run.name for run in runs)}"
-    parts = [f"<h1>{escape(title)}</h1>", _headline(runs), _training(runs), _over_steps(runs)]
+    parts = [f"<h1>{escape(title)}</h1>", _headline(runs), _checks(runs), _training(runs), _over_steps(runs)]
     finished = [run for run in runs if run.final and run.final.get("per_user")]
     if len(finished) > 1:
         parts.append(_accuracy_side_by_side(finished))
@@ -105,10 +107,9 @@ def _headline(runs: Sequence[RunFiles]) -> str:
 
 def _headline_figures(run: RunFiles) -> dict[str, str]:
     final = run.final or {}
-    accuracy, on_side, text, tax = (final.get(name) or {} for name in ("accuracy", "on_side", "text", "tax"))
+    accuracy, on_side, text = (final.get(name) or {} for name in ("accuracy", "on_side", "text"))
     seen, generic, unseen = (accuracy.get(name) or {} for name in ("seen", "generic", "unseen"))
     sides = [user["policy"] for user in on_side.values()]
-    neutral = tax.get("nll_per_token", {})
     return {
         "method": final.get("method", "-"),
         "user model": final.get("user_model", "-"),
@@ -122,11 +123,19 @@ def _headline_figures(run: RunFiles) -> dict[str, str]:
         "accuracy, unseen users": _number(unseen.get("mean")),
         "answers on the user's side": _number(sum(sides) / len(sides) if sides else None),
         "NLL/token of answers": _number(text.get("policy", {}).get("nll_per_token")),
-        "NLL/token of neutral text: reference": _number(neutral.get("reference")),
-        "the same, generic user": _number(neutral.get("generic")),
-        "the same, mean of users": _number(neutral.get("users_mean")),
         "training loop, s": f"{final['seconds']:.0f}" if final else "-",
     }
+
+
+def _checks(runs: Sequence[RunFiles]) -> str:
+    """A column a run with preferences; what no run has is left out."""
+    finals = {run.name: run.final for run in runs if run.final and run.final.get("per_user")}
+    samples = {run.name: run.samples.get("policy", []) for run in runs if run.name in finals}
+    rows = check_rows(finals, rates_between(finals, samples))
+    if not rows:
+        return ""
+    table = _table(["", *finals], [[label, *(figures[name] for name in finals)] for label, figures in rows])
+    return f"<h2>Baselines and checks</h2>{table}"
 
 
 def _training(runs: Sequence[RunFiles]) -> str:

@@ -65,8 +65,8 @@ def format_run(final: Mapping[str, Any], run_dir: Path) -> str:
 
 
 def format_figures(final: Mapping[str, Any]) -> str:
-    """Accuracies, the table of users, the quality of the text where it was sampled, and the personalization tax."""
-    parts = (_headline(final), _user_table(final), _text_line(final), _tax_line(final))
+    """Accuracies, shared rows, the table of users, the quality of sampled text, and the personalization tax."""
+    parts = (_headline(final), _overlap_line(final), _user_table(final), _text_line(final), _tax_line(final))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -138,6 +138,18 @@ def _baseline_rows(final: Mapping[str, Any]) -> list[list[str]]:
         label = f"users drawn anew (expected {_share(shuffled['expected']['mean'])})"
         rows.append([label, _share(shuffled["mean"]), "", "", str(shuffled["num_rows"]), ""])
     return rows
+
+
+def _overlap_line(final: Mapping[str, Any]) -> str:
+    """Evaluation rows that the model may know from training."""
+    overlap = final.get("leaks", {}).get("overlap", {})
+    parts = [
+        f"of {counts['rows']} {name.removeprefix('eval_')} rows {counts['prompt']} share their prompt, "
+        f"{counts['pair']} their pair, {counts['response']} a response"
+        for name, counts in overlap.items()
+        if counts["rows"] and "prompt" in counts
+    ]
+    return f"Shared with training: {'; '.join(parts)}" if parts else ""
 
 
 def _user_table(final: Mapping[str, Any]) -> str:
@@ -295,32 +307,6 @@ def _sources(finals: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, 
 
 def _source(final: Mapping[str, Any]) -> str:
     return f"{final['data']['source']} (seed {final['data']['seed']})"
-
-
-def format_tax_comparison(finals: Mapping[str, Mapping[str, Any]]) -> str:
-    """The personalization tax: the generic user beside the vanilla runs, neutral text beside the reference."""
-    taxed = {name: final for name, final in finals.items() if final.get("tax")}
-    if not taxed:
-        return ""
-    rows = []
-    for name, final in taxed.items():
-        vanilla = [
-            other["accuracy"]["seen"]["mean"] for other in finals.values()
-            if other["user_model"] == "none" and _source(other) == _source(final)
-        ]
-        nll = final["tax"]["nll_per_token"]
-        rows.append(
-            [
-                name,
-                _share(final["accuracy"]["generic"]["mean"]),
-                ", ".join(_share(value) for value in vanilla) or "-",
-                _share(nll["reference"]),
-                _share(nll["generic"]),
-                "-" if nll["users_mean"] is None else _share(nll["users_mean"]),
-            ]
-        )
-    header = ["personalization tax", "generic accuracy", "vanilla's", "neutral NLL: reference", "generic", "users"]
-    return make_table(header, rows)
 
 
 def _reference_rows(finals: Mapping[str, Mapping[str, Any]], shown: Sequence[str]) -> list[list[str]]:

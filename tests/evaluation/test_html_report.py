@@ -113,6 +113,21 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, drawn: list[Any]) -> No
     assert [[curve.label for curve in curves] for _, curves, _ in training["panels"]] == [["mine", "vanilla"]] * 4
 
 
+def test_baselines_and_checks_of_the_runs_with_preferences_stand_side_by_side(tmp_path: Path) -> None:
+    mine = finished_run(tmp_path / "mine", baselines={"length_only": {"seen": 0.7}}, **judged())
+    vanilla = finished_run(tmp_path / "vanilla", user_model="none", ceiling=0.9)
+    sft = write_run(tmp_path / "sft", final={**final_of(method="sft"), "accuracy": {}, "per_user": {}})
+    page = page_of(mine, sft, vanilla)
+    for row in (
+        ["", "mine", "vanilla"], ["length alone, seen users", "0.700", "-"],
+        ["best possible under the labels' noise", "-", "0.900"],
+        ["generic user's accuracy less the vanilla run's", "-0.250", "-"],
+        ["answers against the reference's (a tie is half)", "0.688", "-"],
+    ):  # fmt: skip
+        assert row in page.rows, row
+    assert "Baselines and checks" not in page_of(write_run(tmp_path / "going on")).text
+
+
 def test_a_run_that_is_not_finished_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "mine", samples=False, evaluations=False))
     assert ["steps", "3"] in page.rows

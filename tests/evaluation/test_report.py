@@ -14,7 +14,6 @@ from prlhf.evaluation.report import (
     format_comparison,
     format_figures,
     format_run,
-    format_tax_comparison,
     load_final,
     make_table,
 )
@@ -107,15 +106,6 @@ def test_the_tax_has_a_line_of_its_own() -> None:
     assert start + "generic user 1.250, mean of 2 users 1.500" in format_figures(final_of(tax=tax_of(1, 1.25, 1.5)))
     assert start + "policy 1.125" in format_figures(final_of(tax=tax_of(1, 1.125, None)))
     assert "neutral" not in format_figures(final_of(tax=None)) + format_figures(final_of())
-
-
-def test_the_tax_of_runs_stands_beside_the_vanilla_ones() -> None:
-    vanilla = final_of(user_model="none", tax=tax_of(1, 1.125, None))
-    rows = cells(format_tax_comparison({"mine": final_of(tax=tax_of(1, 1.25, 1.5)), "vanilla": vanilla}))
-    assert rows[1:] == [
-        ["mine", "0.500", "0.750", "1.000", "1.250", "1.500"], ["vanilla", "0.500", "0.750", "1.000", "1.125", "-"]
-    ]
-    assert format_tax_comparison({"old": final_of()}) == ""
 
 
 def test_shares_of_one_preference_and_pairs_apart_in_length_stand_below() -> None:
@@ -229,6 +219,20 @@ def test_baselines_and_shuffled_users_stand_below_the_accuracies() -> None:
     assert "0.512" in lines["users drawn anew (expected 0.580)"]
 
 
+def test_the_rows_that_training_has_seen_are_named() -> None:
+    overlap = {
+        "eval_seen": {"rows": 8, "prompt": 1, "pair": 0, "response": 3},
+        "eval_unseen": {"rows": 4, "prompt": 0, "pair": 0, "response": 2},
+    }
+    assert (
+        "Shared with training: of 8 seen rows 1 share their prompt, 0 their pair, 3 a response; "
+        "of 4 unseen rows 0 share their prompt, 0 their pair, 2 a response"
+    ) in format_figures(final_of(leaks={"overlap": overlap, "shuffled_users": None})).splitlines()
+    for unknown in ({"eval_seen": {"rows": 8}, "eval_unseen": {"rows": 0}}, {}):
+        assert "Shared" not in format_figures(final_of(leaks={"overlap": unknown, "shuffled_users": None}))
+    assert "Shared" not in format_figures(final_of())
+
+
 def test_ids_and_texts_stay_in_their_cell_and_move_no_cursor() -> None:
     figures = final_of()
     figures["per_user"] = {"evil\n| x | 1.0\x1b[31m": figures["per_user"]["ann"]}
@@ -245,5 +249,3 @@ def test_runs_on_different_data_are_said_not_to_compare() -> None:
     names = [row[0] for row in cells(table)]
     assert names[1:3] == [f"reference (by log-probs), {source} (seed 0)" for source in ("somewhere", "elsewhere")]
     assert "Only runs" not in format_comparison({"a": final_of(), "b": final_of()})
-    taxes = {"a": final_of(tax=tax_of(1, 1.25, 1.5)), "b": other}
-    assert cells(format_tax_comparison(taxes))[1][2] == "-", "the vanilla run is of other data"
