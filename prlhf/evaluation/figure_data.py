@@ -33,6 +33,15 @@ class UserFigures:
 
 
 @dataclass(frozen=True)
+class Level:
+    """A figure that belongs to no user; `series` is the place of the one it goes with, None: of none."""
+
+    label: str
+    estimate: Estimate
+    series: int | None
+
+
+@dataclass(frozen=True)
 class Curve:
     """Values over steps; the bounds are an interval, or None."""
 
@@ -71,8 +80,17 @@ def words_by_user(samples: Sequence[Mapping[str, Any]], label: str) -> UserFigur
     """Mean words of the answers to each user, with Student's interval."""
     words: dict[str, list[float]] = {}
     for sample in samples:
-        words.setdefault(sample["user_id"], []).append(float(len(sample["response"].split())))
+        words.setdefault(sample["user_id"], []).append(_num_words(sample))
     return UserFigures(label, {user: _mean_estimate(counts) for user, counts in words.items()})
+
+
+def words_of_all(samples: Sequence[Mapping[str, Any]], label: str, *, series: int | None) -> Level:
+    """Mean words of all answers together, with Student's interval."""
+    return Level(label, _mean_estimate([_num_words(sample) for sample in samples]), series)
+
+
+def _num_words(sample: Mapping[str, Any]) -> float:
+    return float(len(sample["response"].split()))
 
 
 def _mean_estimate(values: Sequence[float]) -> Estimate:

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from prlhf.errors import ConfigError
-from prlhf.evaluation.figure_data import Curve, UserFigures
+from prlhf.evaluation.figure_data import Curve, Level, UserFigures
 from prlhf.evaluation.users import KnownUser, UserMap
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")  # one more than colours: a pair of the two comes back after 56
 DASHES = ("-", "--", "-.", ":")
+LEVEL_DASH = (0, (6, 2, 1, 2, 1, 2))  # none of a curve's
 GREY = "#6b6b6b"
 MAX_LABELLED_USERS = 40  # beyond them users are sorted and not named
 MAX_LABEL = 28
@@ -134,16 +135,25 @@ def draw_over_steps(figure: Any, curves: Sequence[tuple[Curve, Curve | None]]) -
     _legend(figure, [axis])
 
 
-def draw_users(figure: Any, series: Sequence[UserFigures], *, xlabel: str, share: bool, bars: bool = False) -> None:
+def draw_users(
+    figure: Any,
+    series: Sequence[UserFigures],
+    *,
+    xlabel: str,
+    share: bool,
+    bars: bool = False,
+    levels: Sequence[Level] = (),
+) -> None:
     """A figure of each user with its interval: a row a user, or beyond 40 users sorted curves.
 
     Args:
         share: values are shares of 1, of which one half is chance.
         bars: the first series as bars; the others stay points.
+        levels: lines through all rows, with their intervals as bands.
     """
     users = list(dict.fromkeys(user for one in series for user in one.by_user))
     if len(users) > MAX_LABELLED_USERS:
-        return _draw_sorted(figure, series, xlabel=xlabel, share=share)
+        return _draw_sorted(figure, series, xlabel=xlabel, share=share, levels=levels)
     row = max(0.26, 0.12 * len(series) + 0.12)  # inches
     figure.set_size_inches(WIDTH, 1.0 + row * max(len(users), 2))
     axis = figure.subplots()
@@ -165,6 +175,7 @@ def draw_users(figure: Any, series: Sequence[UserFigures], *, xlabel: str, share
             ecolor=colour, elinewidth=1.0, capsize=2, linestyle="none", markersize=4.5,
             marker="none" if bars and i == 0 else _marker(i), label=None if bars and i == 0 else shorten(one.label),
         )
+    _draw_levels(levels, line=axis.axvline, band=axis.axvspan)
     if share:
         axis.axvline(0.5, color=GREY, linewidth=0.8, linestyle=":")
     axis.set_xlim(0, 1.02 if share else None)
@@ -176,7 +187,9 @@ def draw_users(figure: Any, series: Sequence[UserFigures], *, xlabel: str, share
     _legend(figure, [axis])
 
 
-def _draw_sorted(figure: Any, series: Sequence[UserFigures], *, xlabel: str, share: bool) -> None:
+def _draw_sorted(
+    figure: Any, series: Sequence[UserFigures], *, xlabel: str, share: bool, levels: Sequence[Level]
+) -> None:
     figure.set_size_inches(WIDTH, 3.4)
     axis = figure.subplots()
     for i, one in enumerate(series):
@@ -186,6 +199,7 @@ def _draw_sorted(figure: Any, series: Sequence[UserFigures], *, xlabel: str, sha
                   label=f"{shorten(one.label)} ({len(figures)} users)")
         axis.fill_between(ranks, [e.low for e in figures], [e.high for e in figures], color=_colour(i), alpha=0.12,
                           linewidth=0)
+    _draw_levels(levels, line=axis.axhline, band=axis.axhspan)
     if share:
         axis.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
         axis.set_ylim(-0.02, 1.02)
@@ -195,6 +209,14 @@ def _draw_sorted(figure: Any, series: Sequence[UserFigures], *, xlabel: str, sha
     axis.set_xlabel("users, each series from its lowest to its highest")
     axis.set_ylabel(xlabel)
     _legend(figure, [axis])
+
+
+def _draw_levels(levels: Sequence[Level], *, line: Callable[..., Any], band: Callable[..., Any]) -> None:
+    """In the colour of their series; black and dotted those of none."""
+    for level in levels:
+        colour, style = ("#000000", ":") if level.series is None else (_colour(level.series), LEVEL_DASH)
+        band(level.estimate.low, level.estimate.high, color=colour, alpha=0.1, linewidth=0, zorder=0.5)
+        line(level.estimate.value, color=colour, linestyle=style, linewidth=1.4, label=level.label)
 
 
 def draw_map(figure: Any, places: UserMap, users: Sequence[KnownUser], *, by_cluster: bool) -> None:
@@ -244,10 +266,13 @@ def _name_points(axis: Any, points: Any, names: Sequence[str]) -> None:
 
 
 def _legend(figure: Any, axes: Sequence[Any]) -> None:
-    """One legend for all panels, above them; none for a single series that says nothing."""
+    """One legend for all panels, above them, users' points before lines; none for a single series that says nothing."""
+    from matplotlib.container import Container
+
     found: dict[str, Any] = {}
     for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+        entries = zip(*axis.get_legend_handles_labels(), strict=True)
+        for handle, label in sorted(entries, key=lambda entry: not isinstance(entry[0], Container)):
             found.setdefault(label, handle)
     if len(found) > 1:
         columns = max(1, min(len(found), 96 // (max(map(len, found)) + 8)))

@@ -18,6 +18,7 @@ from prlhf.evaluation.figure_data import (
     answers_side_by_side,
     training_curve,
     words_by_user,
+    words_of_all,
     worst_users,
 )
 from prlhf.evaluation.run_files import RunFiles, read_runs
@@ -198,12 +199,17 @@ def _words(runs: Sequence[RunFiles]) -> str:
     sampled = [run for run in runs if run.samples.get("policy")]
     if not sampled:
         return ""
-    series = [words_by_user([*run.samples["policy"], *run.samples.get("generic", [])], run.name) for run in sampled]
+    series = [words_by_user(run.samples["policy"], run.name) for run in sampled]
+    levels = []
+    for i, run in enumerate(sampled):
+        if answers := run.samples.get("generic"):
+            whose = f"{figures.shorten(run.name)}, " if len(sampled) > 1 else ""
+            levels.append(words_of_all(answers, f"{whose}generic user", series=i))
     references = [run.samples["reference"] for run in sampled if run.samples.get("reference")]
     if references:
-        series.append(words_by_user(references[0], "the reference"))
-    drawing = partial(figures.draw_users, series=series, xlabel="words an answer", share=False)
-    note = "Mean words of the sampled answers to each user, and as the generic one; 95% intervals over answers (t)."
+        levels.append(words_of_all(references[0], "the reference", series=None))
+    drawing = partial(figures.draw_users, series=series, xlabel="words an answer", share=False, levels=levels)
+    note = "Mean words of the sampled answers to each user, 95% intervals over answers (t); lines: to all as one."
     return "<h2>Words of each user's answers</h2>" + _figure(drawing, "Words of each user's answers", note)
 
 

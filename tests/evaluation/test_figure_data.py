@@ -16,6 +16,7 @@ from prlhf.evaluation.figure_data import (
     training_curve,
     wilson_interval,
     words_by_user,
+    words_of_all,
     worst_users,
 )
 from prlhf.evaluation.run_files import RunFiles, read_runs
@@ -68,6 +69,8 @@ def test_words_are_means_with_students_interval(run: RunFiles) -> None:
     assert words["bob"].high == pytest.approx(4 + 12.706 * math.sqrt(2) / math.sqrt(2))
     single = words_by_user(run.samples["reference"], "reference").by_user["ann"]
     assert single == (2.0, 2.0, 2.0, 1), "one answer has no interval"
+    level = words_of_all(run.samples["policy"], "all", series=0)
+    assert (level.label, level.estimate.value, level.estimate.size, level.series) == ("all", 11 / 4, 4, 0)
 
 
 def test_a_training_curve_leaves_out_what_was_not_finite(run: RunFiles) -> None:

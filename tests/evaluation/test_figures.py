@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prlhf.evaluation.figure_data import Curve, Estimate, UserFigures
+from prlhf.evaluation.figure_data import Curve, Estimate, Level, UserFigures
 from prlhf.evaluation.figures import (
     COLOURS,
     MARKERS,
@@ -66,6 +66,24 @@ def test_beyond_forty_users_they_are_sorted_and_not_named(figure: Any) -> None:
     (axis,) = figure.axes
     assert list(axis.get_lines()[0].get_ydata()) == sorted(values.values())
     assert figure.get_size_inches()[1] < 5
+
+
+@pytest.mark.parametrize(("count", "named"), [(10, True), (40, True), (41, False)])
+def test_what_belongs_to_no_user_is_a_line_and_takes_no_name_from_a_user(figure: Any, count: int, named: bool) -> None:
+    values = {f"u{i}": 20.0 + i for i in range(count)}
+    generic = Level("generic user", Estimate(38.0, 36.0, 40.0, 9), 0)
+    levels = [generic, Level("the reference", Estimate(30.0, 30.0, 30.0, 1), None)]
+    draw_users(figure, [users("mine", values)], xlabel="words", share=False, levels=levels)
+    (axis,) = figure.axes
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert (names == list(values)) is named
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    own, reference = lines["generic user"], lines["the reference"]
+    for line, value in ((own, 38.0), (reference, 30.0)):
+        assert list(line.get_xdata() if named else line.get_ydata()) == [value, value]
+    assert (own.get_color(), reference.get_color()) == (COLOURS[0], "#000000")
+    first = "mine" if named else f"mine ({count} users)"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [first, "generic user", "the reference"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 40])

@@ -104,11 +104,12 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, drawn: list[Any]) -> No
     users = drawings(drawn, figures.draw_users)
     assert [[series.label for series in call["series"]] for call in users] == [
         ["mine", "vanilla"],
-        ["mine", "vanilla", "the reference"],
+        ["mine", "vanilla"],
         ["own embedding", "generic user"],
         ["own embedding", "generic user"],
     ]
     assert [call.get("bars", False) for call in users] == [False, False, True, True]
+    assert [[level.label for level in call.get("levels", [])] for call in users] == [[], ["the reference"], [], []]
     (training,) = drawings(drawn, figures.draw_training)
     assert [[curve.label for curve in curves] for _, curves, _ in training["panels"]] == [["mine", "vanilla"]] * 4
 
@@ -126,6 +127,23 @@ def test_baselines_and_checks_of_the_runs_with_preferences_stand_side_by_side(tm
     ):  # fmt: skip
         assert row in page.rows, row
     assert "Baselines and checks" not in page_of(write_run(tmp_path / "going on")).text
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_the_generic_user_and_the_reference_are_no_users_of_the_words(
+    tmp_path: Path, drawn: list[Any], num_runs: int
+) -> None:
+    folders = [finished_run(tmp_path / name) for name in ("mine", "other")[:num_runs]]
+    for folder in folders:
+        rows = [{"user_id": "generic", "prompt": f"Q{i}", "response": "so " * i} for i in (1, 3)]
+        write_lines(folder / "samples" / "generic.jsonl", rows)
+    page_of(*folders)
+    (words,) = (call for call in drawings(drawn, figures.draw_users) if call["xlabel"] == "words an answer")
+    assert [list(series.by_user) for series in words["series"]] == [["ann", "bob"]] * num_runs
+    whose = ["generic user"] if num_runs == 1 else ["mine, generic user", "other, generic user"]
+    assert [(level.label, level.estimate.value, level.series) for level in words["levels"]] == [
+        *((label, 2.0, i) for i, label in enumerate(whose)), ("the reference", 2.0, None)
+    ]
 
 
 def test_a_run_that_is_not_finished_is_shown_as_far_as_it_is(tmp_path: Path) -> None:
