@@ -16,6 +16,8 @@ from prlhf.engine.child import SignalRelay
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models import load_policy
 from tests.cli_run import Run, train_here
+from tests.evaluation.runs import finished_run
+from tests.evaluation.test_report import cells, judged
 from tests.tiny_run import (
     EVAL_THINGS,
     Tiny,
@@ -209,6 +211,16 @@ def test_compare_tabulates_runs(run: Run, trained: Path) -> None:
     assert checks[0] == ["baselines and checks", "tiny", "vanilla"]
     assert ["seen rows with a training prompt/pair/response", "0/0/0 of 6", "0/0/0 of 6"] in checks
     assert ["length alone, seen users", "1.000", "1.000"] in checks
+
+
+def test_compare_holds_answers_against_those_of_the_other_runs(run: Run, tmp_path: Path) -> None:
+    for name, score in (("mine", 1.0), ("other", 0.5)):
+        folder = finished_run(tmp_path / name, **judged())
+        rows = [{"user_id": user, "prompt": "Q", "response": "so", "score": score} for user in ("ann", "bob")]
+        write_jsonl(folder / "samples" / "policy.jsonl", rows)
+    code, out, _ = run("compare", tmp_path / "mine", tmp_path / "other")
+    assert code == 0
+    assert ["mine", "other", "2", "0", "0", "1.000"] in cells(out)
 
 
 def test_compare_keeps_runs_of_one_name_apart(run: Run, trained: Path, tmp_path: Path) -> None:

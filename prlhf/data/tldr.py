@@ -115,6 +115,12 @@ def draw_tastes(workers: Sequence[str], generator: np.random.RandomState) -> dic
     return {worker: bool(generator.choice([True, False], p=[1 - SHORTER_SHARE, SHORTER_SHARE])) for worker in workers}
 
 
+def length_tastes(preferences: Mapping[str, str]) -> dict[str, bool]:
+    """Whether a user prefers the longer text, of those whose wish is one of this experiment's."""
+    tastes = {wish: longer for longer, wish in WISHES.items()}
+    return {user: tastes[wish] for user, wish in preferences.items() if wish in tastes}
+
+
 def judge(comparison: Comparison, *, prefers_longer: bool) -> PreferenceRow:
     """The row of a worker with this taste. Lengths are in characters; of equally long summaries the first is chosen."""
     first, second = comparison.summaries

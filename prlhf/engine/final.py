@@ -25,16 +25,14 @@ from prlhf.engine.memory import peak_device_bytes, peak_memory_bytes
 from prlhf.engine.step import Model
 from prlhf.evaluation.accuracy import PairMargins, has_length_gap, score_pairs, summarize_accuracy, user_accuracies
 from prlhf.evaluation.baselines import few_shot_baseline, format_only_accuracy, prompted_baseline
-from prlhf.evaluation.judges import RuleJudge
+from prlhf.evaluation.judges import Judge, judge_of
 from prlhf.evaluation.leaks import expected_when_shuffled, shuffled_users
 from prlhf.evaluation.samples import (
     GENERIC,
     Sample,
-    judge_samples,
+    judge_generations,
     sample_answers,
     score_under_reference,
-    text_quality,
-    win_rates,
     words_per_user,
 )
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
@@ -217,7 +215,7 @@ class Evaluator:
         self,
         prompts: Sequence[Prompt],
         users: Sequence[str],
-        judge: RuleJudge | None,
+        judge: Judge | None,
         *,
         user_texts: Mapping[str, str],
     ) -> dict[str, Any]:
@@ -227,24 +225,16 @@ class Evaluator:
             user_texts: of users about whom something is known; in front of their prompts where training has it there.
         """
         texts = user_texts if self.config.data.user_text == "prompt" else {}
-        ours, theirs = (self._sample(prompts, users, texts, as_reference=reference) for reference in (False, True))
-        samples = {"policy": ours, "reference": theirs}
+        samples = {
+            name: self._sample(prompts, users, texts, as_reference=name == "reference")
+            for name in ("policy", "reference")
+        }
         if self.model.user_encoder is not None:
             samples["generic"] = self._sample(prompts, [GENERIC], {}, as_reference=False)
         made = {"samples": samples, "words": words_per_user(samples)}
         if judge is None:
             return {**made, "win_rate": None, "on_side": None, "text": None}
-        judged = {name: judge_samples(samples[name], judge) for name in ("policy", "reference")}
-        on_side = {user: {name: judged[name][user]["on_side"] for name in judged} for user in users}
-        return {
-            **made,
-            "win_rate": win_rates(ours, theirs, judge, opponent="reference"),
-            "on_side": on_side,
-            "text": {
-                "temperature": self.config.eval.temperature,
-                **{name: {**text_quality(samples[name], judge), "per_user": judged[name]} for name in judged},
-            },
-        }
+        return {**made, **judge_generations(samples, judge, temperature=self.config.eval.temperature)}
 
     def _sample(
         self, prompts: Sequence[Prompt], users: Sequence[str], texts: Mapping[str, str], *, as_reference: bool
@@ -314,7 +304,7 @@ def evaluate_preferences(
     wanted = evaluator.config.eval.generate
     if not wanted or not data.eval_seen or not isinstance(evaluator.model, PersonalizedPolicy):
         return figures, {}
-    judge = RuleJudge() if RuleJudge.knows(data.world, data.user_ids()) else None
+    judge = judge_of(data)
     prompts = list(dict.fromkeys(row.prompt for row in data.eval_seen))[:wanted]
     generated: dict[str, Any] = {"samples": {}}
     if is_main():

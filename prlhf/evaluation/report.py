@@ -156,19 +156,19 @@ def _user_table(final: Mapping[str, Any]) -> str:
     on_side, wins, words = final.get("on_side"), final.get("win_rate") or {}, final.get("words")
     header = ["user", "accuracy", "generic", "rows"]
     if on_side:
-        header += ["on side", "reference's", "wins/ties/losses"]
+        header += ["on side", "reference's"]
+    if wins:
+        header.append("wins/ties/losses")
     if words:
         header.append("words")
     rows = []
     for user, figures in list(final["per_user"].items())[:40]:
         row = [user, _share(figures["accuracy"]), _share(figures["generic_accuracy"]), str(figures["num_rows"])]
         if on_side:
+            row += [_share(on_side[user]["policy"]), _share(on_side[user]["reference"])]
+        if wins:
             outcome = wins["per_user"][user]
-            row += [
-                _share(on_side[user]["policy"]),
-                _share(on_side[user]["reference"]),
-                f"{outcome['wins']}/{outcome['ties']}/{outcome['losses']}",
-            ]
+            row.append(f"{outcome['wins']}/{outcome['ties']}/{outcome['losses']}")
         if words:
             row.append(_words(words["per_user"].get(user)))
         rows.append(row)
@@ -186,7 +186,7 @@ def _text_line(final: Mapping[str, Any]) -> str:
     rows = [
         [
             name,
-            _share(text[name]["well_formed"]),
+            "-" if text[name]["well_formed"] is None else _share(text[name]["well_formed"]),
             _share(text[name]["repeated_4grams"]),
             _nll(text, name),
             f"{text[name]['words']:.1f}",

@@ -1,9 +1,9 @@
-"""Generations of a policy for every user, and what a rule judge and the frozen reference say of them."""
+"""Generations of a policy for every user, and what a judge and the frozen reference say of them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from prlhf.data.context import NO_CONTEXT, Context
 from prlhf.data.records import GENERIC_USER_ID, Prompt, UserIndex, prompt_record
 from prlhf.data.tokenize import TokenizedResponse
 from prlhf.errors import DataError
-from prlhf.evaluation.judges import RuleJudge, repeated_4gram_share
+from prlhf.evaluation.judges import Judge, RuleJudge, repeated_4gram_share
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models.personalized import PersonalizedModel
@@ -25,18 +25,26 @@ REFERENCE_SEED_OFFSET = 1
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer; `user_id` is whom it is judged for (and written for, if the policy has users)."""
+    """One answer; `user_id` is whom it is judged for (and written for, if the policy has users).
+
+    Args:
+        score: how well it serves the user, as a judge says; None without one.
+    """
 
     user_id: str
     prompt: Prompt
     response: str
     nll_per_token: float
     num_tokens: int
+    score: float | None = None
 
     def record(self) -> dict[str, Any]:
-        """As a JSON row; an empty answer has no NLL."""
+        """As a JSON row; an empty answer has no NLL, one that nobody judged no score."""
         nll = None if np.isnan(self.nll_per_token) else self.nll_per_token
-        return {**dataclasses.asdict(self), "prompt": prompt_record(self.prompt), "nll_per_token": nll}
+        record = {**dataclasses.asdict(self), "prompt": prompt_record(self.prompt), "nll_per_token": nll}
+        if self.score is None:
+            del record["score"]
+        return record
 
 
 def sample_answers(
@@ -167,25 +175,54 @@ def score_under_reference(
     ]
 
 
-def judge_samples(samples: Sequence[Sample], judge: RuleJudge) -> dict[str, dict[str, Any]]:
-    """By user: share on the user's side, well-formed share, repeated 4-grams, words, NLL per token."""
-    by_user: dict[str, list[Sample]] = {}
-    for sample in samples:
-        by_user.setdefault(sample.user_id, []).append(sample)
+def judge_generations(samples: Mapping[str, list[Sample]], judge: Judge, *, temperature: float) -> dict[str, Any]:
+    """What a judge and the reference say of the answers of "policy" and "reference".
+
+    Returns: `samples` with the scores, and of `eval/final.json` `win_rate`, `text` and `on_side` (None where an answer
+        is on no side by itself).
+    """
+    scored = {
+        name: [dataclasses.replace(s, score=judge.serves(s.response, s.user_id)) for s in samples[name]]
+        for name in ("policy", "reference")
+    }
+    judged = {name: judge_samples(group, judge) for name, group in scored.items()}
+    on_side = None
+    if isinstance(judge, RuleJudge):
+        on_side = {user: {name: judged[name][user]["on_side"] for name in judged} for user in judged["policy"]}
     return {
-        user: {
-            "on_side": float(np.mean([judge.on_side(s.response, user) for s in group])),
-            **text_quality(group, judge),
-        }
-        for user, group in by_user.items()
+        "samples": {**samples, **scored},
+        "win_rate": win_rates(scored["policy"], scored["reference"], judge, opponent="reference"),
+        "on_side": on_side,
+        "text": {
+            "temperature": temperature,
+            **{name: {**text_quality(scored[name], judge), "per_user": judged[name]} for name in scored},
+        },
     }
 
 
-def text_quality(samples: Sequence[Sample], judge: RuleJudge) -> dict[str, Any]:
-    """Whether generations are still text."""
+def judge_samples(samples: Sequence[Sample], judge: Judge) -> dict[str, dict[str, Any]]:
+    """By user: well-formed share, repeated 4-grams, words, NLL per token, and by the rule judge `on_side`.
+
+    That is the share on the user's side; of users with a taste on several axes the mean share of the axes.
+    """
+    by_user: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_user.setdefault(sample.user_id, []).append(sample)
+    figures = {user: text_quality(group, judge) for user, group in by_user.items()}
+    if isinstance(judge, RuleJudge):
+        for user, group in by_user.items():
+            figures[user]["on_side"] = float(np.mean([judge.serves(s.response, user) for s in group]))
+    return figures
+
+
+def text_quality(samples: Sequence[Sample], judge: Judge) -> dict[str, Any]:
+    """Whether generations are still text; the rule judge alone knows what is well-formed."""
     nll = np.array([sample.nll_per_token for sample in samples])
+    well_formed = None
+    if isinstance(judge, RuleJudge):
+        well_formed = float(np.mean([judge.well_formed(sample.response) for sample in samples]))
     return {
-        "well_formed": float(np.mean([judge.well_formed(sample.response) for sample in samples])),
+        "well_formed": well_formed,
         "repeated_4grams": repeated_4gram_share([sample.response for sample in samples]),
         "words": _mean_words(samples),
         "nll_per_token": float(np.nanmean(nll)) if np.isfinite(nll).any() else None,
@@ -215,21 +252,29 @@ def _mean_words(samples: Sequence[Sample]) -> float:
 
 
 def win_rates(
-    samples: Sequence[Sample], opponents: Sequence[Sample], judge: RuleJudge, *, opponent: str
+    samples: Sequence[Sample], opponents: Sequence[Sample], judge: Judge, *, opponent: str
 ) -> dict[str, Any]:
     """Wins, ties and losses, answer by answer to the same prompt for the same user.
 
-    A win: on the user's side where the other is not. `mean` counts a tie as half a win.
+    A win: the judge finds the user served better. `mean` counts a tie as half a win.
     """
     if [(s.user_id, s.prompt) for s in samples] != [(s.user_id, s.prompt) for s in opponents]:
         raise ValueError("win_rates: the two lists answer different prompts or users; sample them with equal settings")
+    outcomes = [
+        (ours.user_id, judge.prefers(ours.response, theirs.response, ours.user_id))
+        for ours, theirs in zip(samples, opponents, strict=True)
+    ]
+    return count_outcomes(outcomes, judge=judge.name, opponent=opponent)
+
+
+def count_outcomes(outcomes: Iterable[tuple[str, int]], *, judge: str, opponent: str) -> dict[str, Any]:
+    """The figures of `win_rates` from (user, 1 for a win, 0 for a tie, -1 for a loss)."""
     counts: dict[str, list[int]] = {}
-    for ours, theirs in zip(samples, opponents, strict=True):
-        outcome = judge.prefers(ours.response, theirs.response, ours.user_id)
-        counts.setdefault(ours.user_id, [0, 0, 0])[1 - outcome] += 1
+    for user, outcome in outcomes:
+        counts.setdefault(user, [0, 0, 0])[1 - outcome] += 1
     per_user = {user: _rate(*outcome) for user, outcome in counts.items()}
     total = [sum(column) for column in zip(*counts.values(), strict=True)]
-    return {"judge": "rule", "opponent": opponent, "rule": "a tie is half a win", **_rate(*total), "per_user": per_user}
+    return {"judge": judge, "opponent": opponent, "rule": "a tie is half a win", **_rate(*total), "per_user": per_user}
 
 
 def _rate(wins: int, ties: int, losses: int) -> dict[str, Any]:

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prlhf.data.records import Message
 from prlhf.evaluation.judges import RuleJudge
 from prlhf.evaluation.report import make_table
-from prlhf.evaluation.samples import Sample, win_rates
+from prlhf.evaluation.samples import count_outcomes
+
+Rows = Sequence[Mapping[str, Any]]
 
 
-def rates_between(
-    finals: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> dict[str, dict[str, Any]]:
+def rates_between(finals: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Rows]) -> dict[str, dict[str, Any]]:
     """Run -> opponent -> win rate: "reference", then every other run that answered the same prompts for the same users.
 
     Args:
         finals: run -> `eval/final.json`.
         samples: run -> rows of `samples/policy.jsonl`; of runs without a win rate they are not looked at.
     """
-    judged = {name: list(map(_sample, rows)) for name, rows in samples.items() if finals[name].get("win_rate")}
-    asked = {name: [(sample.user_id, sample.prompt) for sample in group] for name, group in judged.items()}
-    judge = RuleJudge() if judged else None
-    rates = {name: {"reference": finals[name]["win_rate"]} for name in judged}
-    for name, ours in judged.items():
-        for other, theirs in judged.items():
-            if judge and other != name and asked[other] == asked[name]:
-                rates[name][other] = win_rates(ours, theirs, judge, opponent=other)
+    own = {name: final["win_rate"] for name, final in finals.items() if final.get("win_rate")}
+    asked = {name: [(row["user_id"], json.dumps(row["prompt"])) for row in samples[name]] for name in own}
+    rates = {name: {"reference": rate} for name, rate in own.items()}
+    for name, rate in own.items():
+        for other in own:
+            if other != name and asked[other] == asked[name] and own[other]["judge"] == rate["judge"]:
+                rates[name][other] = _rates(samples[name], samples[other], judge=rate["judge"], opponent=other)
     return rates
 
 
@@ -41,9 +40,15 @@ def format_wins(rates: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return make_table(["answers of", "against", "wins", "ties", "losses", "mean (tie = 1/2)"], rows) if rows else ""
 
 
-def _sample(record: Mapping[str, Any]) -> Sample:
-    """With what a judge reads."""
-    prompt = record["prompt"]
-    if not isinstance(prompt, str):
-        prompt = tuple(Message(**turn) for turn in prompt)
-    return Sample(record["user_id"], prompt, record["response"], nll_per_token=float("nan"), num_tokens=0)
+def _rates(ours: Rows, theirs: Rows, *, judge: str, opponent: str) -> dict[str, Any]:
+    scores = zip(ours, _scores(ours), _scores(theirs), strict=True)
+    outcomes = [(row["user_id"], int(mine > other) - int(mine < other)) for row, mine, other in scores]
+    return count_outcomes(outcomes, judge=judge, opponent=opponent)
+
+
+def _scores(rows: Rows) -> list[float]:
+    """Those that were kept; where none were, they are the rule judge's of the six users of `builtin:psoups`."""
+    if all("score" in row for row in rows):
+        return [row["score"] for row in rows]
+    judge = RuleJudge()
+    return [judge.serves(row["response"], row["user_id"]) for row in rows]

@@ -19,9 +19,10 @@ from prlhf.engine.final import Evaluator
 from prlhf.engine.trainer import train
 from prlhf.errors import DataError
 from prlhf.evaluation.accuracy import PairMargins
-from prlhf.evaluation.judges import RuleJudge
-from prlhf.evaluation.report import load_final
-from tests.tiny_run import Tiny, perturbed_job
+from prlhf.evaluation.judges import judge_of
+from prlhf.evaluation.report import format_run, load_final
+from tests.tiny_run import Tiny, perturbed_job, write_model
+from tests.tokenizers import tiny_tokenizer
 
 BLOCK = {"mean", "ci95", "user_mean", "worst_user", "num_rows", "num_users"}
 THROUGHPUT = {"rows_per_s", "tokens_per_s", "peak_memory_bytes", "peak_device_bytes"}
@@ -113,9 +114,13 @@ def test_a_run_on_prepared_rows_of_the_built_in_world_is_judged_like_one_on_the_
     assert list(final["on_side"]) == built.user_ids() and final["data"]["source"] == str(tmp_path / "data")
 
 
-def test_the_judge_keeps_silent_on_users_that_the_world_does_not_have() -> None:
-    assert RuleJudge.knows("builtin:psoups", ["P1A", "P3B"])
-    assert not RuleJudge.knows("builtin:psoups", ["P1A", "zoe"]) and not RuleJudge.knows(None, ["P1A"])
+@pytest.mark.parametrize("world", ["builtin:psoups", "builtin:prism"])
+def test_the_judge_keeps_silent_on_users_that_the_world_does_not_have(world: str) -> None:
+    built = load.load_preference_data(world, seed=1, eval_prompts=0.0, unseen_users=0.0)
+    prepared = dataclasses.replace(built, source="data/mine", origin=world)
+    assert judge_of(built) is not None and judge_of(prepared) is not None
+    assert judge_of(dataclasses.replace(prepared, declared_users=(*built.user_ids(), "zoe"))) is None
+    assert judge_of(dataclasses.replace(prepared, origin=None)) is None
 
 
 def test_samples_are_kept_beside_the_figures(world_run: Path) -> None:
@@ -123,7 +128,39 @@ def test_samples_are_kept_beside_the_figures(world_run: Path) -> None:
         lines = (world_run / "samples" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         records = [json.loads(line) for line in lines]
         assert len(records) == 2 * num_users
-        assert set(records[0]) == {"user_id", "prompt", "response", "nll_per_token", "num_tokens"}
+        scores = set() if name == "generic" else {"score"}
+        assert set(records[0]) == {"user_id", "prompt", "response", "nll_per_token", "num_tokens", *scores}
+
+
+WORLDS = {
+    "tldr": ({"TRAIN_POSTS": 20, "EVAL_POSTS": 2}, "length", 10),
+    "prism": ({"SEEN_USERS": 8, "UNSEEN_USERS": 8, "TRAIN_DIALOGUES": 2, "DEV_DIALOGUES": 2}, "rule", 8),
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_answers_are_judged_where_the_users_tastes_are_known(tiny: Tiny, tmp_path: Path, world: str) -> None:
+    sizes, judge, num_users = WORLDS[world]
+    neutral = tmp_path / "neutral.txt"
+    neutral.write_text("Two and two are four.\n")
+    model = write_model(tmp_path / "model", tokenizer=tiny_tokenizer("chat"))
+    config = Tiny(model, tiny.data).config(
+        data__source=f"builtin:{world}", data__max_tokens=500, data__user_text="none", eval__generate=2,
+        eval__few_shot=0, eval__neutral=str(neutral), train__max_steps=1,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in sizes.items():
+            patch.setattr(f"prlhf.data.world.{world}.{name}", size)
+        final = train(config, tmp_path / "run")
+    win_rate = final["win_rate"]
+    assert (win_rate["judge"], len(win_rate["per_user"])) == (judge, num_users)
+    assert sum(win_rate[outcome] for outcome in ("wins", "ties", "losses")) == 2 * num_users
+    assert final["text"]["policy"]["num_samples"] == 2 * num_users
+    if judge == "length":
+        assert final["on_side"] is None and final["text"]["policy"]["well_formed"] is None
+    else:
+        assert all(value * 6 == pytest.approx(round(value * 6)) for value in final["on_side"]["user000"].values())
+    assert "wins/ties/losses" in format_run(final, tmp_path / "run")
 
 
 def test_neutral_text_of_ones_own_is_read_before_the_first_step(tiny: Tiny, tmp_path: Path) -> None:

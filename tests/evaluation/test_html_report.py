@@ -116,14 +116,18 @@ def test_several_runs_stand_side_by_side(tmp_path: Path, drawn: list[Any]) -> No
 
 def test_baselines_and_checks_of_the_runs_with_preferences_stand_side_by_side(tmp_path: Path) -> None:
     mine = finished_run(tmp_path / "mine", baselines={"length_only": {"seen": 0.7}}, **judged())
-    vanilla = finished_run(tmp_path / "vanilla", user_model="none", ceiling=0.9)
+    vanilla = finished_run(tmp_path / "vanilla", user_model="none", ceiling=0.9, **judged())
+    for folder, score in ((mine, 1.0), (vanilla, 0.5)):
+        rows = [{"user_id": user, "prompt": "Q", "response": "so", "score": score} for user in ("ann", "bob")]
+        write_lines(folder / "samples" / "policy.jsonl", rows)
     sft = write_run(tmp_path / "sft", final={**final_of(method="sft"), "accuracy": {}, "per_user": {}})
     page = page_of(mine, sft, vanilla)
     for row in (
         ["", "mine", "vanilla"], ["length alone, seen users", "0.700", "-"],
         ["best possible under the labels' noise", "-", "0.900"],
         ["generic user's accuracy less the vanilla run's", "-0.250", "-"],
-        ["answers against the reference's (a tie is half)", "0.688", "-"],
+        ["answers against the reference's (a tie is half)", "0.688", "0.688"],
+        ["answers against the vanilla run's", "1.000", "-"],
     ):  # fmt: skip
         assert row in page.rows, row
     assert "Baselines and checks" not in page_of(write_run(tmp_path / "going on")).text

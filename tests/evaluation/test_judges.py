@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 
+from prlhf.data.prepared import load_prepared, write_prepared
 from prlhf.data.world.authored import load_general_text, load_tone, load_topics
+from prlhf.data.world.prism import build_prism, make_people
 from prlhf.data.world.psoups import build_psoups
 from prlhf.data.world.render import AXES, STYLES, Style, make_requests, render, render_general
+from prlhf.data.world.tldr import build_tldr
 from prlhf.errors import DataError
-from prlhf.evaluation.judges import BANDS, RuleJudge, repeated_4gram_share
+from prlhf.evaluation.judges import BANDS, LengthJudge, RuleJudge, judge_of, repeated_4gram_share
 
 SIMPLE = "What a great thing to ask! A cat can see well in dim light."
 EXPERT = "Honestly, you could look this up. Reflective retinal membranes substantially enhance nocturnal feline vision."
@@ -167,3 +172,56 @@ def test_repeated_4grams_are_counted_within_a_text() -> None:
     assert repeated_4gram_share(["a b c d a b c d"] * 2) == 1 / 5
     assert repeated_4gram_share(["a b c d", "a b c d"]) == 0.0
     assert repeated_4gram_share(["a b c", ""]) == 0.0
+
+
+def test_a_person_with_three_tastes_is_served_by_the_share_of_them() -> None:
+    """SIMPLE is simple, concise and friendly, EXPERT expert, concise and unfriendly."""
+    judge = RuleJudge(
+        {
+            "ann": {"register": False, "length": False, "tone": True},
+            "bob": {"register": True, "length": True, "tone": True},
+            "cid": {"register": True, "length": True, "tone": False},
+        }
+    )
+    shares = {user: (judge.serves(SIMPLE, user), judge.serves(EXPERT, user)) for user in ("ann", "bob", "cid")}
+    assert shares == {"ann": (1.0, 1 / 3), "bob": (1 / 3, 1 / 3), "cid": (0.0, 2 / 3)}
+    assert [judge.prefers(SIMPLE, EXPERT, user) for user in shares] == [1, 0, -1]
+    assert judge.on_side(SIMPLE, "ann") and not judge.on_side(EXPERT, "cid")
+
+
+def test_length_is_in_characters_and_an_empty_answer_serves_nobody() -> None:
+    judge = LengthJudge({"long": True, "short": False})
+    assert [judge.prefers("ab cd", "abcdef", user) for user in ("long", "short")] == [-1, 1]
+    assert [judge.prefers("abc \n", " abc", user) for user in ("long", "short")] == [0, 0]
+    assert [judge.prefers("  ", "abc", user) for user in ("long", "short")] == [-1, -1]
+    with pytest.raises(DataError, match="the length judge knows long, short"):
+        judge.serves("a", "nobody")
+
+
+def test_the_length_judge_takes_the_answers_that_the_workers_took(tmp_path: Path) -> None:
+    data = build_tldr(0)
+    write_prepared(tmp_path / "tldr", data)
+    for source in (data, load_prepared(tmp_path / "tldr")):
+        judge = judge_of(source)
+        assert isinstance(judge, LengthJudge) and judge.name == "length"
+        assert len(source.eval_seen) == 2000
+        assert {judge.prefers(row.chosen, row.rejected, row.user_id) for row in source.eval_seen} == {1}
+
+
+def test_the_rule_judge_knows_the_tastes_of_each_person_of_prism() -> None:
+    judge = judge_of(build_prism(0))
+    assert isinstance(judge, RuleJudge)
+    for person in make_people(random.Random("prism 0"))[::50]:
+        for style in STYLES:
+            text = render(make_requests(load_topics()[:1])[0], style, random.Random(1))
+            agreeing = sum(getattr(style, name) == getattr(person.taste, name) for name in AXES.values())
+            assert judge.serves(text, person.user_id) == pytest.approx(agreeing / 3)
+
+
+def test_nobody_judges_where_a_users_taste_is_not_known() -> None:
+    data = build_tldr(0)
+    (first, *_), wishes = data.user_ids(), data.preferences
+    assert judge_of(replace(data, preferences={})) is None
+    assert judge_of(replace(data, preferences={**wishes, first: "Be kind."})) is None
+    assert judge_of(replace(data, train=[], declared_users=())) is None
+    assert isinstance(judge_of(build_psoups(0)), RuleJudge)

@@ -15,9 +15,10 @@ from prlhf.data.records import Message, Prompt, ResponseRow
 from prlhf.data.tokenize import TokenizedResponse, tokenize_responses
 from prlhf.engine.build import Job
 from prlhf.errors import DataError
-from prlhf.evaluation.judges import RuleJudge
+from prlhf.evaluation.judges import LengthJudge, RuleJudge
 from prlhf.evaluation.samples import (
     Sample,
+    judge_generations,
     judge_samples,
     sample_answers,
     score_under_reference,
@@ -164,6 +165,21 @@ def test_wins_ties_and_losses_are_counted_answer_by_answer() -> None:
             "P2B": {"wins": 0, "ties": 1, "losses": 0, "mean": 0.5},
         },
     }
+
+
+def test_answers_judged_by_length_have_scores_and_win_rates_but_no_side() -> None:
+    ours = [sample("ann", "ab"), sample("bob", "ab"), sample("bob", "", nll=math.nan)]
+    theirs = [sample("ann", "abcd"), sample("bob", "abcd"), sample("bob", "abcd")]
+    samples = {"policy": ours, "reference": theirs, "generic": [sample("generic", "x")]}
+    judged = judge_generations(samples, LengthJudge({"ann": False, "bob": True}), temperature=0.5)
+    assert [s.score for s in judged["samples"]["policy"]] == [1 / 2, 2.0, 0.0]
+    assert [s.score for s in judged["samples"]["reference"]] == [1 / 4, 4.0, 4.0]
+    assert judged["samples"]["generic"] == samples["generic"], "written for nobody"
+    assert judged["samples"]["policy"][0].record()["score"] == 0.5
+    win_rate = judged["win_rate"]
+    assert [win_rate[key] for key in ("judge", "wins", "ties", "losses")] == ["length", 1, 0, 2]
+    assert judged["on_side"] is None and "on_side" not in judged["text"]["policy"]["per_user"]["ann"]
+    assert (judged["text"]["policy"]["well_formed"], judged["text"]["policy"]["empty"]) == (None, 1)
 
 
 def test_lists_that_answer_different_prompts_are_refused() -> None:

@@ -53,6 +53,11 @@ TASTES = {
 }
 
 
+def sides_in_words(words: str) -> dict[str, bool]:
+    """Axis -> the side that a text asks for in the words of a taste."""
+    return {taste.axis: taste.side for taste in TASTES.values() if taste.wish in words}
+
+
 def build_psoups(seed: int) -> PreferenceData:
     """The preference data of the six users; every prompt belongs to one pair, every pair to two opposed users.
 
