@@ -123,6 +123,9 @@ def nan_loss_(job: Job) -> None:
         terms = sound.terms
         is_unpaired = False
 
+        def passes(self) -> list[Broken]:
+            return [self]
+
         def __call__(self, policy: Any, batch: Any, reference: ReferenceLogps, kl: None) -> RowLosses:
             return sound(policy, batch, ReferenceLogps(reference.chosen * float("nan"), reference.rejected))
 
