@@ -53,11 +53,15 @@ FAMILIES = list(_CONFIGS)
 
 # Experts, layers without rotary positions, and queries scaled by their place on the line, from the 64th on.
 _LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "no_rope_layers": [1, 0]}
-_FURTHER_CONFIGS = {"llama4_text": {**_GROUPED, **_LLAMA4, "floor_scale": 64, "attn_scale": 0.5}}
+_FURTHER_CONFIGS = {
+    "llama4_text": {**_GROUPED, **_LLAMA4, "floor_scale": 64, "attn_scale": 0.5},
+    "cohere": {**_GROUPED, "logit_scale": 0.25},
+    "granite": {**_GROUPED, "logits_scaling": 8.0},
+}
 
 
 def tiny_model(family: str) -> nn.Module:
-    """A causal LM of `FAMILIES`, or llama4_text: 2 layers, width 32, vocabulary 64, float32, every call alike."""
+    """A causal LM of `FAMILIES`, or of those besides: 2 layers, width 32, vocabulary 64, float32, every call alike."""
     special = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = CONFIG_MAPPING[family](**special, **(_CONFIGS | _FURTHER_CONFIGS)[family])
     with torch.random.fork_rng(devices=[]):

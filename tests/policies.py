@@ -15,6 +15,7 @@ from prlhf.data.collate import PairBatch, collate_pairs
 from prlhf.data.records import UserIndex
 from prlhf.data.tokenize import TokenizedPair
 from prlhf.models.backbone import embedding_dim, save_backbone
+from prlhf.models.head import find_head
 from prlhf.models.lora import add_lora_
 from prlhf.models.policy import PersonalizedPolicy
 from prlhf.usermodel import IndividualUserModel
@@ -51,6 +52,7 @@ def tiny_policy(
     policy = PersonalizedPolicy(
         backbone, tokenizer, user_encoder=encoder, users=UserIndex([f"u{i + 1}" for i in range(num_users)])
     )
+    policy.head = find_head(backbone)
     if lora:
         add_lora_(backbone, rank=2, alpha=4.0, dropout=0.0, targets="auto")
     if encoder is not None:

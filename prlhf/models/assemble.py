@@ -29,6 +29,7 @@ from prlhf.models.backbone import (
     load_tokenizer,
     position_limit,
 )
+from prlhf.models.head import find_head
 from prlhf.models.lora import PEFT_PREFIX, add_lora_, lora_state_dict
 from prlhf.models.packing import Packing, set_up_packing_
 from prlhf.models.personalized import PersonalizedModel
@@ -123,7 +124,7 @@ def _make_model(kind: type[Model], spec: PolicySpec, user_ids: Sequence[str], to
         )
     model = kind(backbone, tokenizer, user_encoder=user_encoder, users=users, contexts=contexts)
     model.base_sha256, model.base_config = hash_state(backbone), describe_architecture(backbone)
-    model.max_positions = position_limit(backbone)
+    model.head, model.max_positions = find_head(backbone), position_limit(backbone)
     packing = set_up_packing_(backbone)
     if isinstance(packing, Packing):
         model.packing = packing

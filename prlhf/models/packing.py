@@ -18,8 +18,6 @@ from prlhf.models.trees import Trees
 
 # Settings under which a query sees only so many positions back: packs with longer paths are left to padded rows.
 WINDOW_KEYS = ("sliding_window", "attention_chunk_size")
-# Settings under which logits are more than a linear layer of the last hidden state.
-HEAD_KEYS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 # Settings under which attention depends on a token's place on the line, which in a pack is not its place in its row.
 PLACE_KEYS = ("attn_temperature_tuning",)
 # Few tokens, and many trees of other lengths in another order; paths within the shortest windows.
@@ -201,11 +199,9 @@ class Packing:
 
     Args:
         window: longest path of a tree, None for any.
-        linear_head: the logits are the output layer's alone, so they need never exist for all tokens at once.
     """
 
     window: int | None
-    linear_head: bool
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a sequence of so many tokens, soft prompt included, is short enough."""
@@ -236,18 +232,16 @@ def set_up_packing_(backbone: nn.Module) -> Packing | str:
     model = cast(Any, backbone)
     config = model.config.get_text_config()
     before = model.config._attn_implementation
-    linear_head = False
     try:
         model.set_attn_implementation(ATTENTION)
         error = _probe_error(model, config)
-        linear_head = error is None and _has_linear_head(model, config)
     except Exception as problem:  # a family may refuse the attention function, the mask or the positions in any way
         error = f"{type(problem).__name__}: {problem}".splitlines()[0]
     if error is not None:
         model.set_attn_implementation(before)
         return error
     windows = [getattr(config, key, None) for key in WINDOW_KEYS]
-    return Packing(min((w for w in windows if w), default=None), linear_head)
+    return Packing(min((w for w in windows if w), default=None))
 
 
 def _probe_error(model: Any, config: Any) -> str | None:
@@ -280,15 +274,3 @@ def _difference(model: Any, trees: Trees) -> float:
     plain = decoder(model)(inputs_embeds=embeds[0, padded], use_cache=False).last_hidden_state.float()
     expected = torch.cat([row[: len(path)] for row, path in zip(plain, paths, strict=True)])
     return float((packed[torch.tensor([i for path in paths for i in path])] - expected).norm() / expected.norm())
-
-
-@torch.no_grad()
-def _has_linear_head(model: Any, config: Any) -> bool:
-    head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or any(getattr(config, key, None) for key in HEAD_KEYS):
-        return False
-    embedding = next(model.get_input_embeddings().parameters())
-    ids = torch.arange(min(8, embedding.shape[0]), device=embedding.device)[None]
-    logits = head(decoder(model)(input_ids=ids, use_cache=False).last_hidden_state)
-    expected = model(input_ids=ids, use_cache=False).logits
-    return bool((logits - expected).norm() <= PROBE_TOLERANCE[embedding.dtype] * expected.norm())

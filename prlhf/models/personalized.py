@@ -15,6 +15,7 @@ from prlhf.data.context import ContextBatch, UserContexts, collate_contexts
 from prlhf.data.records import GENERIC_USER_ID, UserIndex
 from prlhf.errors import DataError
 from prlhf.models.backbone import describe_positions, input_embedding, pad_token_id
+from prlhf.models.head import Head
 from prlhf.models.packing import Pack, Packing, Term, make_pack
 from prlhf.models.soft_prompt import SoftPromptAdapter
 from prlhf.usermodel import UserContext, UserModel
@@ -52,6 +53,7 @@ class PersonalizedModel(nn.Module, ABC):
         )
         self.user_texts: dict[str, str] = {}  # user id -> what training had in front of a known user's prompts
         self.packing: Packing | None = None  # set by whoever tried the backbone; None: rows are padded
+        self.head: Head | None = None  # of the backbone's logits, likewise; None: they are taken from the backbone
         self.max_positions: int | None = None  # of a sequence, set by whoever loads the backbone; None: any number
         self.base_sha256 = ""  # of the backbone's weights before training, set by whoever loads them
         self.base_config: dict[str, Any] = {}  # its architecture, likewise

@@ -156,7 +156,7 @@ def test_rows_beyond_a_sliding_window_make_no_micro_batch_larger_than_the_budget
     lengths = sorted(job.rows[i].num_tokens for i in rows)
     window = lengths[3] + job.model.soft_prompt.num_user_tokens
     assert lengths[3] < lengths[4] and job.model.packing is not None
-    job.model.packing = Packing(window, job.model.packing.linear_head)
+    job.model.packing = Packing(window)
     batches, num_rows = batches_of_step(job, FULL_STEP)
     assert sorted(row for batch in batches for row in batch.rows.tolist()) == sorted(job.rows[i].row for i in rows)
     positions = []

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from prlhf.losses import linear_token_logps
+from prlhf.losses.token_logps import CHUNK_TOKENS
+from tests.largest_tensor import LargestTensor
 
 NUM_TOKENS, DIM, VOCAB = 11, 5, 7
 
@@ -41,6 +43,55 @@ def test_gradcheck():
     hidden, weight, bias, targets = _inputs()
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     assert torch.autograd.gradcheck(lambda h, w, b: linear_token_logps(h, w, b, targets, chunk_logits=21), leaves)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(0.25, None), (1.0, 2.0), (3.0, 1.5)])
+@pytest.mark.parametrize("chunk_logits", [1, 3 * VOCAB, None], ids=["one token", "ragged chunks", "one chunk"])
+def test_scaled_and_capped_logits_have_the_values_and_gradients_of_log_softmax(chunk_logits, scale, softcap):
+    hidden, weight, bias, targets = _inputs()
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    upstream = torch.arange(1.0, NUM_TOKENS + 1, dtype=torch.float64)
+    options = {"scale": scale, "softcap": softcap, "chunk_logits": chunk_logits}
+    logps = linear_token_logps(hidden, weight, bias, targets, **options)
+    logits = scale * F.linear(hidden, weight, bias)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad((logps * upstream).sum(), leaves)
+    expected_gradients = torch.autograd.grad((expected * upstream).sum(), leaves)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(0.25, None), (1.0, 2.0), (3.0, 1.5)])
+def test_gradcheck_of_scaled_and_capped_logits(scale, softcap):
+    hidden, weight, bias, targets = _inputs()
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    options = {"scale": scale, "softcap": softcap, "chunk_logits": 21}
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_token_logps(h, w, b, targets, **options), leaves)
+
+
+def test_capped_logits_under_autocast_have_slopes_near_those_in_float32():
+    hidden, weight, _, targets = _inputs(torch.float32)
+    gradients = []
+    for enabled in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            linear_token_logps(leaf, weight, None, targets, softcap=2.0).sum().backward()
+        gradients.append(leaf.grad)
+    assert 0 < (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_with_a_vocabulary_of_256_000_no_more_logits_exist_than_a_chunk_has(softcap):
+    """128 tokens' at once, forward and backward, of a trained layer as well."""
+    generator = torch.Generator().manual_seed(0)
+    vocab, num_tokens = 256_000, 160
+    hidden, weight = (torch.randn(n, 4, generator=generator).requires_grad_() for n in (num_tokens, vocab))
+    targets = torch.randint(vocab, (num_tokens,), generator=generator)
+    with LargestTensor() as largest:
+        linear_token_logps(hidden, weight, None, targets, softcap=softcap).sum().backward()
+    assert largest.numel == CHUNK_TOKENS * vocab == 32_768_000
+    assert hidden.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0
 
 
 def test_a_frozen_layer_gets_no_gradient_and_still_passes_one_on():

@@ -14,6 +14,7 @@ from torch import Tensor
 from prlhf.data.collate import ResponseTree, collate_responses, collate_trees
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
 from prlhf.models import packing
+from prlhf.models.head import Head, find_head
 from prlhf.models.packing import Packing, Term, make_pack, set_up_packing_
 from prlhf.models.policy import PersonalizedPolicy
 from prlhf.models.reward import PersonalizedRewardModel
@@ -33,15 +34,13 @@ PADDED_FAMILIES = {"gemma2": "softcap", "gptj": "off by"}
 PACKED_FAMILIES = [family for family in FAMILIES if family not in PADDED_FAMILIES]
 
 
-def _packed_policy(family: str = "llama", *, linear_head: bool | None = None, **options) -> PersonalizedPolicy:
+def _packed_policy(family: str = "llama", **options) -> PersonalizedPolicy:
     policy = tiny_policy(family, **options)
     packing = set_up_packing_(policy.backbone)
     assert isinstance(packing, Packing)
     # Rows longer than the window are another test's.
     changes = {"window": None} if packing.window is None or packing.window > 100 else {}
-    policy.packing = dataclasses.replace(
-        packing, **changes, linear_head=packing.linear_head if linear_head is None else linear_head
-    )
+    policy.packing = dataclasses.replace(packing, **changes)
     return policy
 
 
@@ -74,11 +73,15 @@ def _gradient(policy: PersonalizedPolicy, terms: Sequence[tuple[Tensor, Tensor |
     return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
 
-@pytest.mark.parametrize("linear_head", [None, False], ids=["own head", "logits"])
+@pytest.mark.parametrize("own_head", [True, False], ids=["own head", "logits"])
 @pytest.mark.parametrize("family", PACKED_FAMILIES)
-def test_packed_log_probs_and_gradients_are_those_of_padded_rows(family, linear_head):
-    policy = _packed_policy(family, linear_head=linear_head)
-    packed, padded = _both(policy, make_batch(policy, _rows(policy, family)))
+def test_packed_log_probs_and_gradients_are_those_of_padded_rows(family, own_head):
+    policy = _packed_policy(family)
+    batch = make_batch(policy, _rows(policy, family))
+    packed, _ = _both(policy, batch) if own_head else ([], None)
+    policy.head = None
+    logits_packed, padded = _both(policy, batch)
+    packed = packed or logits_packed
     for (values, tokens), (expected, expected_tokens) in zip(packed, padded, strict=True):
         assert torch.equal(tokens, expected_tokens)
         assert ((values - expected).abs() / tokens).max() < PER_TOKEN
@@ -148,7 +151,9 @@ def test_a_family_whose_decoder_is_named_otherwise_is_packed_and_scored_as_a_rew
     for layer in policy.backbone.model.layers:
         layer.self_attn.attn_temperature_tuning = False
     policy.packing = set_up_packing_(policy.backbone)
-    assert policy.packing == Packing(policy.backbone.config.attention_chunk_size, linear_head=True)
+    assert policy.packing == Packing(policy.backbone.config.attention_chunk_size)
+    policy.head = find_head(policy.backbone)
+    assert policy.head == Head()
     model = PersonalizedRewardModel(
         policy.backbone, policy.tokenizer, user_encoder=policy.user_encoder, users=policy.users
     )
@@ -160,8 +165,8 @@ def test_a_family_whose_decoder_is_named_otherwise_is_packed_and_scored_as_a_rew
 
 
 def test_a_family_that_raises_anywhere_while_it_is_tried_is_padded(monkeypatch):
-    monkeypatch.setattr(packing, "_has_linear_head", lambda *_: {}["last_hidden_state"])
     policy = tiny_policy()
+    monkeypatch.setattr(packing, "decoder", lambda _: {}["last_hidden_state"])
     before = policy.backbone.config._attn_implementation
     assert set_up_packing_(policy.backbone) == "KeyError: 'last_hidden_state'"
     assert policy.backbone.config._attn_implementation == before

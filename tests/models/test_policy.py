@@ -11,6 +11,7 @@ from torch import nn
 from prlhf.data.collate import collate_responses
 from prlhf.data.tokenize import TokenizedResponse
 from prlhf.models.backbone import input_embedding
+from prlhf.models.head import find_head
 from prlhf.models.policy import PersonalizedPolicy, Reference, ResponseLogps
 from tests.families import FAMILIES
 from tests.policies import (
@@ -105,6 +106,7 @@ def test_the_reference_is_the_starting_backbone_bitwise_with_soft_prompts_and_ad
     randomize_(policy, scale=0.1)
     batch = make_batch(policy)
     start = PersonalizedPolicy(tiny_backbone(family, policy.tokenizer), policy.tokenizer)
+    start.head = find_head(start.backbone)
     with torch.no_grad():
         expected, _ = start.sequence_logps(batch, None)
         trained, _ = policy.sequence_logps(batch, None)
@@ -196,8 +198,9 @@ def test_the_first_token_after_a_soft_prompt_is_scored_by_its_last_position(vari
     assert bare_logps.item() == pytest.approx(bare.sum().item(), abs=3 * PER_TOKEN)
 
 
-def test_logits_exist_from_the_position_before_the_first_response_token_on():
+def test_logits_of_a_backbone_whose_head_is_not_known_exist_from_before_the_first_response_token_on():
     policy = tiny_policy()
+    policy.head = None
     kept = []
     policy.backbone.register_forward_hook(
         lambda module, args, kwargs, output: kept.append(output.logits.shape[1]), with_kwargs=True
