@@ -89,7 +89,7 @@ def test_a_row_alone_scores_as_it_does_in_a_padded_batch(family):
     assert_close_per_token(together, ResponseLogps(*(torch.cat(values) for values in zip(*alone, strict=True))))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_no_gradient_flows_from_one_row_into_the_soft_prompt_of_another(family):
     policy = tiny_policy(family)
     rows = [make_row(policy, 0, user_id=1, lengths=(4, 6, 3)), make_row(policy, 1, user_id=2, lengths=(9, 2, 30))]
