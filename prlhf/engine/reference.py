@@ -7,12 +7,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -26,17 +28,20 @@ from prlhf.errors import RunDirError
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.files import fsync_path
 from prlhf.models.policy import Reference
+from prlhf.usermodel.row_table import lazy_zeros
 
 logger = logging.getLogger(__name__)
 
 PART_SEQUENCES = 512  # what is lost at most when the pass is stopped
+PART_PROMPTS = 128  # one prompt in so many, by its hash, begins a part
+TokenizedRow = TokenizedPair | TokenizedLabelled
 
 
 class ReferenceTable:
     """Reference log-probs of every row, looked up by row id.
 
     Args:
-        chosen: (num_rows,) float32 nats, on the CPU.
+        chosen: (num_rows,) float32 nats, on the CPU; of many rows mapped from a file.
         rejected: likewise.
     """
 
@@ -74,7 +79,7 @@ def no_reference(batch: PairBatch | ResponseBatch | LabelledBatch) -> None:
 
 def compute_reference_table(
     reference: Reference,
-    rows: Sequence[TokenizedPair | TokenizedLabelled],
+    rows: Sequence[TokenizedRow],
     *,
     pad_id: int,
     microbatch_tokens: int,
@@ -91,19 +96,15 @@ def compute_reference_table(
         on_batch: called before every part and batch; may raise to stop; the parts before are in the cache.
     Returns: ReferenceTable indexed by each row's `row`.
     """
-    by_prompt: dict[tuple[int, ...], dict[TokenSequence, None]] = {}
-    for row in rows:
-        for response in row.responses:
-            by_prompt.setdefault(row.prompt_ids, {})[TokenSequence(row.prompt_ids, response)] = None
-    sequences = list(chain.from_iterable(by_prompt.values()))
-    values = torch.zeros(len(sequences), device=reference.device)
+    distinct = _find_distinct(rows)
+    values = torch.zeros(len(distinct.first), device=reference.device)
     num_kept = 0
     with reference.active() as policy, autocast():
-        for number, start in enumerate(range(0, len(sequences), PART_SEQUENCES)):
+        for number, (start, stop) in enumerate(_parts(distinct.prompts)):
             on_batch()
             if number % world_size() != rank():
                 continue
-            part = sequences[start : start + PART_SEQUENCES]
+            part = [_sequence(rows, place) for place in distinct.first[start:stop].tolist()]
             logps = None if cache is None else cache.get(part)
             num_kept += 0 if logps is None else len(part)
             if logps is None:
@@ -111,15 +112,65 @@ def compute_reference_table(
                 logps = score_sequences(policy, part, None, **options, on_batch=on_batch).values
                 if cache is not None:
                     cache.put(part, logps)
-            values[start : start + len(part)] = logps.to(values.device)
+            values[start:stop] = logps.to(values.device)
     values = all_reduce_sum(values).cpu()
-    logger.info("reference: log-probs of %d responses, %d of them kept from before", len(sequences), num_kept)
-    places = {sequence: place for place, sequence in enumerate(sequences)}
-    table = torch.full((max((row.row for row in rows), default=-1) + 1, 2), float("nan"))
-    for row in rows:
-        for side, response in enumerate(row.responses):
-            table[row.row, side] = values[places[TokenSequence(row.prompt_ids, response)]]
+    logger.info("reference: log-probs of %d responses, %d of them kept from before", len(values), num_kept)
+    row_ids = torch.tensor([row.row for row in rows], dtype=torch.int64)
+    num_rows = int(row_ids.max()) + 1 if len(rows) else 0
+    table = lazy_zeros(max(num_rows, 1), 2)[:num_rows].fill_(float("nan"))
+    table[row_ids] = values[torch.from_numpy(distinct.numbers)].view(-1, 2)
     return ReferenceTable(table[:, 0], table[:, 1])
+
+
+class _Distinct(NamedTuple):
+    """The S distinct sequences of N rows, in the order of a hash of their prompts, whatever the order of the rows.
+
+    Args:
+        first: (S,) int64, the first place that holds each; place 2 i + j is response j of the i-th row.
+        numbers: (2N,) int64, which of them each place holds.
+        prompts: (S,) uint64, the hash of each one's prompt.
+    """
+
+    first: np.ndarray
+    numbers: np.ndarray
+    prompts: np.ndarray
+
+
+def _find_distinct(rows: Sequence[TokenizedRow]) -> _Distinct:
+    """By 24 bytes a sequence: 8 of its prompt's hash, and 16 of its own."""
+    hashes = array("Q")
+    for row in rows:
+        prompt = hashlib.blake2b(array("q", row.prompt_ids).tobytes(), digest_size=16).digest()
+        for response in row.responses:
+            own = hashlib.blake2b(array("q", response).tobytes(), digest_size=16, key=prompt)
+            hashes.frombytes(prompt[:8] + own.digest())
+    prompts, *own_halves = np.frombuffer(hashes, dtype=np.uint64).reshape(-1, 3).T
+    order = np.lexsort((*own_halves, prompts))
+    is_new = np.ones(len(order), dtype=bool)
+    is_new[1:] = False
+    for column in (prompts, *own_halves):
+        is_new[1:] |= column[order[1:]] != column[order[:-1]]
+    numbers = np.empty(len(order), dtype=np.int64)
+    numbers[order] = np.cumsum(is_new) - 1
+    first = order[is_new]
+    return _Distinct(first, numbers, prompts[first])
+
+
+def _parts(prompts: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where parts begin and end: before some prompts, by their hash alone, and after `PART_SEQUENCES` at the latest.
+
+    So a prompt that is new, changed or gone changes the part that it falls into, and hardly any other.
+    """
+    begins = np.flatnonzero(prompts % np.uint64(PART_PROMPTS) == 0)
+    begins = begins[(begins == 0) | (prompts[begins] != prompts[begins - 1])]
+    for begin, end in pairwise([0, *begins.tolist(), len(prompts)]):
+        for start in range(begin, end, PART_SEQUENCES):
+            yield start, min(start + PART_SEQUENCES, end)
+
+
+def _sequence(rows: Sequence[TokenizedRow], place: int) -> TokenSequence:
+    row = rows[place // 2]
+    return TokenSequence(row.prompt_ids, row.responses[place % 2])
 
 
 class ReferenceCache:

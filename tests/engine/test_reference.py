@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prlhf.data.collate import collate_pairs
 from prlhf.data.tokenize import TokenizedPair
+from prlhf.distributed import rank
 from prlhf.engine import reference, trainer
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.reference import LiveReference, ReferenceCache, ReferenceTable, compute_reference_table
 from prlhf.engine.trainer import train
 from prlhf.errors import RunDirError
+from prlhf.evaluation.scoring import Scores, TokenSequence
 from prlhf.models.packing import Pack
 from prlhf.models.policy import PersonalizedPolicy
-from tests.tiny_run import THINGS, Tiny, perturb_, perturbed_job, read_metrics, write_model
+from tests.run_distributed import run_distributed_test
+from tests.tiny_run import THINGS, Tiny, perturb_, perturbed_job, read_metrics, snapshot, write_model
 
 
 def table_of(job: Job, rows: Any = None, **options: Any) -> ReferenceTable:
@@ -217,3 +223,121 @@ def test_a_pair_and_its_prompt_are_computed_once_for_all_its_users(tiny: Tiny, m
     prompts = {row.prompt_ids for row in job.rows}
     responses = {(row.prompt_ids, ids) for row in job.rows for ids in (row.chosen_ids, row.rejected_ids)}
     assert sum(len(pack.order) for pack in packs) == sum(map(len, prompts)) + sum(len(ids) for _, ids in responses)
+
+
+class NoModel:
+    """A reference that is never asked: `scored_by_sum` answers in its place."""
+
+    device = torch.device("cpu")
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        yield
+
+
+def sum_of(ids: Sequence[int]) -> float:
+    return -float(sum(place * token for place, token in enumerate(ids, start=1)))
+
+
+@pytest.fixture
+def scored_by_sum(monkeypatch: pytest.MonkeyPatch) -> list[TokenSequence]:
+    """A response's log-prob is a sum over its tokens and its prompt's; what was asked for, in order."""
+    asked: list[TokenSequence] = []
+
+    def score(policy: None, part: list[TokenSequence], users: None, **options: Any) -> Scores:
+        asked.extend(part)
+        values = torch.tensor([sum_of(sequence.prompt_ids + sequence.response_ids) for sequence in part])
+        return Scores(values, torch.ones(len(part), dtype=torch.int64))
+
+    monkeypatch.setattr(reference, "score_sequences", score)
+    return asked
+
+
+def pair_of(row: int, prompt: int) -> TokenizedPair:
+    """The prompt has ids of its own, the responses have not, so that only both together tell sequences apart."""
+    return TokenizedPair(row, 1, (1, prompt, prompt // 7), (prompt % 5, 3), (4, row % 2))
+
+
+def sum_table(rows: list[TokenizedPair], cache: ReferenceCache | None = None) -> ReferenceTable:
+    options: dict[str, Any] = {"pad_id": 0, "microbatch_tokens": 100, "autocast": nullcontext}
+    return compute_reference_table(NoModel(), rows, cache=cache, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", ["none", "order", "in front", "last", "in the middle", "gone"])
+def test_a_changed_prompt_scores_only_the_part_it_falls_into(
+    tmp_path: Path, scored_by_sum: list[TokenSequence], change: str
+) -> None:
+    cache = ReferenceCache(tmp_path, {})
+    rows = [pair_of(row, prompt=row // 2) for row in range(8000)]
+    sum_table(rows, cache)
+    assert len(scored_by_sum) == len(set(scored_by_sum)) == len({
+        (row.prompt_ids, response) for row in rows for response in row.responses
+    })
+    num_parts = len(list(tmp_path.iterdir()))
+    assert num_parts > 20
+    scored_by_sum.clear()
+    places = {"in front": 0, "in the middle": 4000, "last": 8000}
+    if change in places:
+        rows.insert(places[change], pair_of(8001, prompt=10**6))
+    elif change == "gone":
+        del rows[4000:4002]
+    elif change == "order":
+        rows.reverse()
+    table = sum_table(rows, cache)
+    changed_parts = len(list(tmp_path.iterdir())) - num_parts
+    assert (len(scored_by_sum), changed_parts) == (0, 0) if change in ("none", "order") else 0 < changed_parts <= 2
+    assert len(scored_by_sum) <= 2 * reference.PART_SEQUENCES
+    for row in rows[::97] + rows[:2] + rows[-2:]:
+        expected = [sum_of(row.prompt_ids + response) for response in row.responses]
+        assert [table.chosen[row.row].item(), table.rejected[row.row].item()] == expected
+
+
+def test_no_part_is_larger_than_what_may_be_lost(scored_by_sum: list[TokenSequence]) -> None:
+    """Even of one prompt with very many responses."""
+    rows = [TokenizedPair(row, 1, (1, 2), (3, row), (4, row)) for row in range(1000)]
+    sizes = [stop - start for start, stop in reference._parts(reference._find_distinct(rows).prompts)]
+    assert sum(sizes) == 2000 and max(sizes) == reference.PART_SEQUENCES
+    assert sum_table(rows).rejected[999].item() == sum_of((1, 2, 4, 999))
+
+
+def test_the_look_up_takes_a_few_bytes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is made 24 for the hashes of each sequence and some numbers; then 8, mapped from a file."""
+    zeros = Scores(torch.zeros(1), torch.ones(1, dtype=torch.int64))
+    monkeypatch.setattr(reference, "score_sequences", lambda *args, **options: zeros)
+    rows = [pair_of(row, prompt=row) for row in range(50_000)]
+    tracemalloc.start()
+    table = sum_table(rows)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200 * len(rows)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        spans = [line.split() for line in maps.read_text().splitlines() if line.endswith("(deleted)")]
+        bounds = [tuple(int(end, 16) for end in span[0].split("-")) for span in spans]
+        assert any(low <= table.chosen.data_ptr() < high for low, high in bounds)
+
+
+def score_on_this_rank(tiny: Tiny, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "PART_SEQUENCES", 4)
+        packs = record_packs(patch)
+        table = table_of(build_job(tiny.config()), cache=ReferenceCache(folder / "cache", {}))
+        scored = torch.tensor(scored_sequences(packs))
+        save_file({"chosen": table.chosen.clone(), "rejected": table.rejected.clone(), "scored": scored},
+                  folder / f"rank-{rank()}.safetensors")
+
+
+def test_each_of_two_ranks_scores_parts_and_both_have_the_table_of_one(tiny: Tiny, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    score_on_this_rank(tiny, tmp_path / "one")
+    run_distributed_test(score_on_this_rank, 2, tiny, tmp_path / "two")
+    alone = load_file(tmp_path / "one" / "rank-0.safetensors")
+    ranks = [load_file(tmp_path / "two" / f"rank-{number}.safetensors") for number in range(2)]
+    assert all(tensors["scored"] > 0 for tensors in ranks)
+    assert sum(int(tensors["scored"]) for tensors in ranks) == int(alone["scored"]) == 2 * len(THINGS)
+    for tensors in ranks:
+        assert torch.equal(tensors["chosen"], alone["chosen"]) and torch.equal(tensors["rejected"], alone["rejected"])
+    one, two = (snapshot(tmp_path / name / "cache") for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) > 2
+    assert all(one[name][1] == two[name][1] for name in one)
