@@ -45,6 +45,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _notes_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is remembered of weights stays out of the folder for caches, also what other processes remember."""
+    os.environ["PRLHF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public data and tokenizers beside the repository; the test is skipped where it is absent."""

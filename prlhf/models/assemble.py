@@ -23,7 +23,6 @@ from prlhf.models.backbone import (
     changed_architecture,
     describe_architecture,
     embedding_dim,
-    hash_state,
     input_embedding,
     load_backbone,
     load_tokenizer,
@@ -37,6 +36,7 @@ from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
 from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts, embed_texts
 from prlhf.models.user_rows import STORE, read_rows_, table_of_store
+from prlhf.models.weights_hash import hash_weights, state_of_files
 from prlhf.sharding import shard_like
 from prlhf.usermodel import (
     ClusterUserModel,
@@ -113,6 +113,7 @@ def make_reward_model(spec: PolicySpec, user_ids: Sequence[str], *, tokenizer: A
 
 
 def _make_model(kind: type[Model], spec: PolicySpec, user_ids: Sequence[str], tokenizer: Any) -> Model:
+    files = state_of_files(spec.backbone)
     backbone, own_tokenizer = load_backbone(spec.backbone, dtype=spec.dtype, seed=spec.seed)
     users = UserIndex([] if spec.user_kind == "none" else user_ids)
     user_encoder = _make_user_encoder(spec, num_users=len(users), dim=embedding_dim(backbone))
@@ -123,7 +124,8 @@ def _make_model(kind: type[Model], spec: PolicySpec, user_ids: Sequence[str], to
             spec.user_kind, tokenizer, max_tokens=spec.context_tokens, max_pairs=spec.history_pairs
         )
     model = kind(backbone, tokenizer, user_encoder=user_encoder, users=users, contexts=contexts)
-    model.base_sha256, model.base_config = hash_state(backbone), describe_architecture(backbone)
+    model.base_sha256 = hash_weights(backbone, spec.backbone, dtype=spec.dtype, files=files)
+    model.base_config = describe_architecture(backbone)
     model.head, model.max_positions = find_head(backbone), position_limit(backbone)
     packing = set_up_packing_(backbone)
     if isinstance(packing, Packing):
