@@ -332,6 +332,22 @@ def test_evaluation_of_two_ranks_is_that_of_one(tiny: Tiny, two_ranks: Path, tmp
     assert tokens == pytest.approx(alone_tokens, rel=0.25), "of all ranks; each pads its own micro-batches"
 
 
+@pytest.mark.parametrize("name", RESUMED)
+def test_evaluations_during_training_change_nothing_that_is_trained(
+    tiny: Tiny, whole_runs: Path, tmp_path: Path, name: str
+) -> None:
+    """Dropout draws on, and the final evaluation is of the last step, whichever checkpoint is the best."""
+    run, whole = tmp_path / "run", whole_runs / name
+    final = train(tiny.config(train__max_steps=NUM_STEPS, eval__every_steps=1, **RESUMED[name]), run)
+    assert len(list((run / "eval").glob("step-*.json"))) == NUM_STEPS - 1
+    assert final_tensors(run) == final_tensors(whole)
+    assert without_time(read_metrics(run)) == without_time(read_metrics(whole))
+    kept = ("step", "accuracy", "per_user", "baselines", "leaks")
+    assert {key: final[key] for key in kept} == {key: load_final(whole)[key] for key in kept}
+    assert checkpoints(run)[-2:] == checkpoints(whole)
+    assert len(checkpoints(run)) <= 3, "at most the best one besides the last two"
+
+
 def test_evaluations_during_training_are_of_dev_rows(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny.config(eval__every_steps=2, eval__rows=1), tmp_path / "run")
     names = sorted(path.name for path in (tmp_path / "run" / "eval").iterdir())

@@ -57,6 +57,17 @@ def test_variants_differ_from_their_experiment_in_method_and_users_alone(path: P
     assert variant["train"]["batch_rows"] == original["train"]["batch_rows"]
 
 
+@pytest.mark.parametrize("name", ["psoups", "psoups_cluster", "psoups_vanilla", "tldr", "tldr_vanilla", "convarg_prm"])
+def test_accuracy_over_steps_can_be_drawn_of_the_experiments_in_the_report(name: str) -> None:
+    """At least three points, on few enough rows that it costs little, some of them of steps with a checkpoint."""
+    config = load_config(ROOT / "experiments" / f"{name}.yaml")
+    steps, rows = config.eval.every_steps, config.eval.rows
+    assert steps and rows and config.train.max_steps is not None
+    num_evaluations = (config.train.max_steps - 1) // steps
+    assert num_evaluations >= 3 and config.checkpoint.every_steps % steps == 0
+    assert num_evaluations * rows < 0.11 * config.train.max_steps * config.train.batch_rows
+
+
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_sweep_parses_and_is_named_after_its_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
