@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -28,18 +26,19 @@ def shard_like(values: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
-@torch.no_grad()
-def gather_on_main(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on the main rank's CPU, gathered one after the other; sharded ones are left out on other ranks.
+def place_like(values: Tensor, tensor: Tensor) -> Tensor:
+    """What this rank is to hold (`own_rows`, or all of a tensor that is whole), placed as another tensor is."""
+    values = values.to(tensor.device)
+    if not isinstance(tensor, DTensor) or values.dim() == 0:
+        return values
+    return DTensor.from_local(
+        values, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
-    Every rank calls this with the same names in the same order.
-    """
-    gathered = {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            whole = tensor.full_tensor()
-            if tensor.device_mesh.get_rank() != 0:
-                continue
-            tensor = whole.cpu()
-        gathered[name] = tensor
-    return gathered
+
+def own_rows(tensor: Tensor) -> tuple[int, int] | None:
+    """Of a sharded tensor's rows the first that this rank holds, and the one after its last; None where it is whole."""
+    if not is_sharded(tensor) or tensor.dim() == 0:
+        return None
+    rows = local_part(shard_like(torch.arange(len(tensor)), tensor)).tolist()
+    return (rows[0], rows[-1] + 1) if rows else (0, 0)

@@ -26,12 +26,13 @@ from prlhf.files import (
     write_json_atomic,
     writing_tensors,
 )
-from prlhf.models.assemble import CONTEXTS, USER_IDS, USER_TEXTS, USERS, read_tensors
+from prlhf.models.assemble import CONTEXTS, USER_IDS, USER_TEXTS, USERS
 from prlhf.models.personalized import PersonalizedModel
+from prlhf.models.tensor_files import read_tensors
 from prlhf.models.user_rows import STORE, write_rows
 from prlhf.usermodel.store import UserStore
 
-NOT_TAKEN = ("optimizer.safetensors", "rng-")  # of a training run, which new users are no part of
+NOT_TAKEN = ("optimizer.", "rng-")  # of a training run, which new users are no part of
 
 
 def check_new(checkpoint: Path, user_ids: Sequence[str], out: Path) -> None:

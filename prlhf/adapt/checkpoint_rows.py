@@ -27,7 +27,8 @@ from prlhf.files import (
     write_json_atomic,
     writing_tensors,
 )
-from prlhf.models.assemble import CONTEXTS, STATE, USER_IDS, USER_TEXTS, USERS, read_tensors
+from prlhf.models.assemble import CONTEXTS, STATE, USER_IDS, USER_TEXTS, USERS
+from prlhf.models.tensor_files import read_tensors
 from prlhf.models.user_rows import STORE, write_without
 from prlhf.usermodel.store import UserStore
 

@@ -14,13 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prlhf.data.context import facts_record
-from prlhf.distributed import all_reduce_any, barrier, beat, is_main, rank
+from prlhf.distributed import all_reduce_any, barrier, beat, is_main, rank, world_size
 from prlhf.engine.faults import reach
 from prlhf.engine.optim import RowLazyAdamW
 from prlhf.errors import CheckpointError, DataError, NoCheckpointError, PrlhfError, RunDirError
 from prlhf.files import (
     MANIFEST,
     find_damage,
+    fsync_path,
     link_or_copy,
     publish_directory,
     read_json,
@@ -39,13 +40,13 @@ from prlhf.models.assemble import (
     PolicySpec,
     changed_base,
     load_trained_,
-    read_tensors,
     spec_to_dict,
     trained_tensors,
 )
 from prlhf.models.personalized import PersonalizedModel
+from prlhf.models.tensor_files import StoredTensors, layout_path, make_layout, part_path, read_tensors, row_bounds
 from prlhf.models.user_rows import STORE, empty_moments, read_moments, stored_table, table_of_store, write_table
-from prlhf.sharding import gather_on_main, shard_like
+from prlhf.sharding import local_part, own_rows, place_like
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +111,10 @@ def save_checkpoint(
     flushed: dict[str, tuple[int, str]] = {}
     needed = _num_bytes(model, optimizer)
     beat(patience_s=needed / SLOW_DISK)
-    # Before anything is written: a rank whose disk fails must not leave the others waiting for its parts.
-    trained = gather_on_main(trained_tensors(model, lora=identity.spec.lora_rank is not None))
-    moments = gather_on_main(_optimizer_tensors(model, optimizer))
+    trained = trained_tensors(model, lora=identity.spec.lora_rank is not None)
+    moments = _optimizer_tensors(model, optimizer)
+    # Before anything is written: a rank whose disk fails must not leave the others waiting.
+    bounds = [row_bounds(tensors) for tensors in (trained, moments)]
     _make_folder(temporary, needed)
     try:
         beat(patience_s=needed / SLOW_DISK)
@@ -120,12 +122,12 @@ def save_checkpoint(
         save_file(
             {"torch": torch.get_rng_state(), **_device_rng(model.device)}, temporary / f"rng-{rank()}.safetensors"
         )
+        _write_tensors(temporary / TRAINABLE, trained, bounds[0])
+        _write_tensors(temporary / OPTIMIZER, moments, bounds[1])
         if is_main():
-            _write_shared_files(temporary, model, trained, moments, progress, identity)
-            flushed = {
-                **_write_user_ids(temporary, model, optimizer.saved_in),
-                **_write_user_store(temporary, model, optimizer),
-            }
+            _write_shared_files(temporary, model, progress, identity)
+            flushed = _write_user_ids(temporary, model, optimizer.saved_in)
+            flushed |= _write_user_store(temporary, model, optimizer)
     except (*DISK_PROBLEMS, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         problem = error
     _raise_together(problem, temporary, needed)
@@ -159,21 +161,31 @@ def _make_folder(temporary: Path, needed: int) -> None:
     _raise_together(problem, temporary, needed)
 
 
+def _write_tensors(path: Path, tensors: dict[str, Tensor], bounds: dict[str, list[int]]) -> None:
+    """This rank's rows of sharded tensors, flushed, but of those of which it has none; the main rank's: all the rest.
+
+    Args:
+        bounds: `row_bounds` of the tensors.
+    """
+    if bounds:
+        own = {name: local_part(tensors[name]) for name in bounds}
+        part = part_path(path, rank(), world_size())
+        _save({name: rows for name, rows in own.items() if len(rows)}, part)
+        fsync_path(part)
+    if is_main():
+        _save({name: local_part(tensor) for name, tensor in tensors.items() if name not in bounds}, path)
+        if bounds:
+            write_json_atomic(layout_path(path), make_layout(bounds, world_size()))
+
+
 def _write_shared_files(
-    directory: Path,
-    model: PersonalizedModel,
-    trained: dict[str, Tensor],
-    moments: dict[str, Tensor],
-    progress: Progress,
-    identity: RunIdentity,
+    directory: Path, model: PersonalizedModel, progress: Progress, identity: RunIdentity
 ) -> None:
-    _save(trained, directory / TRAINABLE)
     if model.user_encoder is not None:
         shared = dict(model.user_encoder.named_parameters())
         if (stored := stored_table(model.user_encoder)) is not None:
             del shared[stored[0]]
         _save(shared, directory / USERS)
-    _save(moments, directory / OPTIMIZER)
     if model.user_texts:
         write_json_atomic(directory / USER_TEXTS, model.user_texts)
     if model.contexts is not None:
@@ -253,7 +265,7 @@ def load_checkpoint_(
     if wrong:
         raise CheckpointError(*wrong)
     load_trained_(model, directory, lora=spec.lora_rank is not None)
-    _load_optimizer_(model, optimizer, read_tensors(directory / OPTIMIZER), directory)
+    _load_optimizer_(model, optimizer, StoredTensors(directory / OPTIMIZER))
     stored = table_of_store(directory, model.user_encoder)
     if stored is not None and model.users is not None:
         optimizer.state[stored[1]].update(read_moments(directory / STORE, stored[1], model.users))
@@ -336,15 +348,21 @@ def _optimizer_tensors(model: PersonalizedModel, optimizer: RowLazyAdamW) -> dic
     }
 
 
-def _load_optimizer_(
-    model: PersonalizedModel, optimizer: RowLazyAdamW, state: dict[str, Tensor], directory: Path
-) -> None:
+def _load_optimizer_(model: PersonalizedModel, optimizer: RowLazyAdamW, state: StoredTensors) -> None:
     parameters = model.trainable()
-    for key, value in state.items():
-        name, _, slot = key.rpartition(".")
+    rows = {}
+    for key, kind in state.kinds.items():
+        name = key.rpartition(".")[0]
         if name not in parameters:
-            raise CheckpointError(f"{directory / OPTIMIZER}: {name}: unexpected; the model has no such trained tensor")
-        optimizer.state[parameters[name]][slot] = shard_like(value, parameters[name])
+            raise CheckpointError(f"{state.path}: {name}: unexpected; the model has no such trained tensor")
+        rows[key] = own_rows(parameters[name]) if kind.dim() else None
+        if rows[key] is not None and kind.shape != parameters[name].shape:
+            raise CheckpointError(f"{state.path}: {key}: got {tuple(kind.shape)}, expected "
+                                  f"{tuple(parameters[name].shape)}; use another checkpoint")
+    state.check_finite(rows)
+    for key in state.kinds:
+        name, _, slot = key.rpartition(".")
+        optimizer.state[parameters[name]][slot] = place_like(state.read(key, rows[key]), parameters[name])
 
 
 def _best_of(directories: list[Path], run_dir: Path) -> Path | None:

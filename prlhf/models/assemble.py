@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from prlhf.data.context import UserContexts, facts_from_record
@@ -35,9 +33,10 @@ from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
 from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts, embed_texts
+from prlhf.models.tensor_files import StoredTensors
 from prlhf.models.user_rows import STORE, read_rows_, table_of_store
 from prlhf.models.weights_hash import hash_weights, state_of_files
-from prlhf.sharding import shard_like
+from prlhf.sharding import local_part, own_rows
 from prlhf.usermodel import (
     ClusterUserModel,
     EncoderUserModel,
@@ -249,28 +248,33 @@ def trained_tensors(model: PersonalizedModel, *, lora: bool) -> dict[str, Tensor
 def load_trained_(policy: PersonalizedModel, directory: Path, *, lora: bool) -> None:
     """Fill a policy made from the same spec with a checkpoint's tensors; all of them or none.
 
+    Where its tensors are sharded, every rank calls this and reads the rows that it holds.
+
     Raises: CheckpointError: missing, unexpected, misshapen or non-finite tensors, by name.
     """
     files = {directory / TRAINABLE: trained_tensors(policy, lora=lora)}
     if policy.user_encoder is not None:
         files[directory / USERS] = {name: value.detach() for name, value in policy.user_encoder.named_parameters()}
-    states = {path: read_tensors(path) for path in files}
+    states = {path: StoredTensors(path) for path in files}
     stored = table_of_store(directory, policy.user_encoder)
     if stored is not None:
         del files[directory / USERS][stored[0]]
-    wrong = [f"{path}: {line}" for path in files for line in _misfits(files[path], states[path])]
+    wrong = [f"{path}: {line}" for path in files for line in _misfits(files[path], states[path].kinds)]
     if wrong:
         raise CheckpointError(*wrong)
+    rows = {path: {name: own_rows(tensor) for name, tensor in tensors.items()} for path, tensors in files.items()}
+    for path, state in states.items():
+        state.check_finite(rows[path])
     for path, tensors in files.items():
         for name, tensor in tensors.items():
-            tensor.copy_(shard_like(states[path][name], tensor))
+            local_part(tensor).copy_(states[path].read(name, rows[path][name]))
     if stored is not None and policy.users is not None:
         zero_(stored[1])
         read_rows_(directory / STORE, stored[1].detach(), policy.users)
 
 
 def _misfits(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    """What keeps a state from filling the tensors, a line each."""
+    """What keeps a state, whose values do not matter here, from filling the tensors, a line each."""
     missing = [f"{name}: missing; use another checkpoint" for name in sorted(expected.keys() - state.keys())]
     unexpected = [f"{name}: unexpected; use another checkpoint" for name in sorted(state.keys() - expected.keys())]
     other_kind = [
@@ -283,21 +287,6 @@ def _misfits(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]
 
 def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, finite.
-
-    Raises: CheckpointError: unreadable, or holding NaN or infinity.
-    """
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); use another checkpoint") from None
-    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
-    if bad:
-        raise CheckpointError(f"{path}: not finite: {', '.join(sorted(bad)[:5])}; use another checkpoint")
-    return state
 
 
 def load_policy(checkpoint_dir: str | Path, *, device: str = "cpu") -> PersonalizedPolicy:

@@ -24,6 +24,7 @@ from prlhf.errors import ConfigError, Preempted
 from prlhf.evaluation.report import load_final
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models.packing import Packing
+from prlhf.models.tensor_files import StoredTensors
 from prlhf.sharding import is_sharded
 from tests.engine.cuts import (
     FULL_STEP,
@@ -252,9 +253,11 @@ def test_a_checkpoint_read_into_shards_is_written_bit_for_bit(request: pytest.Fi
     before = sharded / f"begun-{name}" / "checkpoints" / checkpoints(sharded / f"begun-{name}")[-1]
     for file in ("trainable", "users", "optimizer"):
         expected = load_file(before / f"{file}.safetensors")
-        actual = load_file(sharded / f"again-{name}" / "checkpoints" / "step-00000009" / f"{file}.safetensors")
-        assert actual.keys() == expected.keys()
-        assert all(torch.equal(actual[key], tensor) for key, tensor in expected.items())
+        path = sharded / f"again-{name}" / "checkpoints" / "step-00000009" / f"{file}.safetensors"
+        actual = StoredTensors(path)
+        assert bool(list(path.parent.glob(f"{file}.rank*"))) == (file != "users")
+        assert actual.kinds.keys() == expected.keys()
+        assert all(torch.equal(actual.read(key), tensor) for key, tensor in expected.items())
 
 
 @pytest.mark.slow
