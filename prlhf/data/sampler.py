@@ -89,22 +89,35 @@ def cut_microbatches(
     return microbatches
 
 
-def cut_packs(indices: Sequence[int], num_tokens: Callable[[int], int], microbatch_tokens: int) -> list[list[int]]:
-    """Cut rows, in order, into micro-batches of rows that are packed without padding.
+def cut_packs(
+    indices: Sequence[int],
+    num_tokens: Callable[[int], int],
+    microbatch_tokens: int,
+    group_of: Callable[[int], Hashable] = lambda index: index,
+) -> list[list[int]]:
+    """Cut rows into micro-batches of rows that are packed without padding: in order, but for the rows of a group.
 
     Args:
         num_tokens: tokens of a row.
         microbatch_tokens: limit of the sum over a micro-batch; a row longer than that is one by itself.
+        group_of: rows of equal keys share work if they are in one micro-batch: they are put where the first of them is,
+            and not cut apart where one micro-batch can hold them.
     """
+    groups: dict[Hashable, list[int]] = {}
+    for index in indices:
+        groups.setdefault(group_of(index), []).append(index)
     packs: list[list[int]] = []
     room = 0
-    for index in indices:
-        size = num_tokens(index)
-        if not packs or size > room:
-            packs.append([])
-            room = microbatch_tokens
-        packs[-1].append(index)
-        room -= size
+    for members in groups.values():
+        if room < sum(map(num_tokens, members)) <= microbatch_tokens:
+            room = 0
+        for index in members:
+            size = num_tokens(index)
+            if not packs or size > room:
+                packs.append([])
+                room = microbatch_tokens
+            packs[-1].append(index)
+            room -= size
     return packs
 
 
@@ -115,6 +128,7 @@ def cut_rows(
     num_packed: Callable[[int], int],
     num_padded: Callable[[int], int],
     microbatch_tokens: int,
+    group_of: Callable[[int], Hashable] = lambda index: index,
 ) -> list[list[int]]:
     """Cut rows into packs, and those that cannot be packed, apart from them, into micro-batches of padded rows.
 
@@ -123,9 +137,10 @@ def cut_rows(
         num_packed: tokens of a row in a pack.
         num_padded: tokens of a row before padding.
         microbatch_tokens: limit of either kind, as for `cut_packs` and `cut_microbatches`.
+        group_of: of packs, as for `cut_packs`.
     """
     packed, padded = ([index for index in indices if packs(index) is wanted] for wanted in (True, False))
     return [
-        *cut_packs(packed, num_packed, microbatch_tokens),
+        *cut_packs(packed, num_packed, microbatch_tokens, group_of),
         *cut_microbatches(padded, num_padded, microbatch_tokens),
     ]

@@ -223,6 +223,7 @@ def _cut(job: Job, indices: list[int]) -> list[list[int]]:
         num_packed=lambda i: num_terms * (rows[i].num_packed_tokens + num_soft),
         num_padded=lambda i: copies * (rows[i].num_tokens + num_soft),
         microbatch_tokens=job.config.train.microbatch_tokens,
+        group_of=lambda i: rows[i].prompt_ids,  # the generic user's tree is computed once in a micro-batch
     )
 
 

@@ -94,6 +94,27 @@ def test_packs_are_filled_in_order_up_to_the_limit():
     assert cut_packs([], lengths.__getitem__, 10) == []
 
 
+def test_rows_of_a_group_are_side_by_side_and_cut_apart_only_where_no_micro_batch_holds_them():
+    lengths, group = {3: 4, 4: 6, 5: 1, 6: 4, 7: 9, 8: 1}, {3: "a", 4: "b", 5: "a", 6: "b", 7: "c", 8: "c"}
+    cut = cut_packs([3, 4, 5, 6, 7, 8], lengths.__getitem__, 10, group.__getitem__)
+    assert cut == [[3, 5], [4, 6], [7, 8]]
+    assert cut_packs([3, 4, 5, 6, 7, 8], lengths.__getitem__, 10, lambda row: 0) == [[3, 4], [5, 6], [7, 8]]
+    assert cut_packs([3, 4, 5, 6, 7, 8], lengths.__getitem__, 99, group.__getitem__) == [[3, 5, 4, 6, 7, 8]]
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 30), st.integers(0, 4)), max_size=25), budget=st.integers(1, 60)
+)
+def test_packs_of_groups_hold_every_row_once_within_the_budget(rows: list[tuple[int, int]], budget: int) -> None:
+    packs = cut_packs(range(len(rows)), lambda i: rows[i][0], budget, lambda i: rows[i][1])
+    assert sorted(row for pack in packs for row in pack) == list(range(len(rows)))
+    assert all(pack for pack in packs)
+    assert all(sum(rows[row][0] for row in pack) <= budget or len(pack) == 1 for pack in packs)
+    for key in {key for _, key in rows}:
+        if sum(length for length, own in rows if own == key) <= budget:
+            assert sum(any(rows[row][1] == key for row in pack) for pack in packs) == 1
+
+
 def test_rows_that_cannot_be_packed_are_padded_apart_from_those_that_can():
     lengths = {3: 4, 4: 30, 5: 6, 6: 1, 7: 20, 8: 9}
     options = {"num_packed": lengths.__getitem__, "num_padded": lambda row: 2 * lengths[row], "microbatch_tokens": 80}

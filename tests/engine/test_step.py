@@ -139,6 +139,18 @@ def test_gradient_is_that_of_the_mean_row_loss(tiny: Tiny) -> None:
     assert_same(gradients_of(job, batches, len(rows)), expected)
 
 
+def test_rows_with_one_prompt_share_a_micro_batch_that_computes_their_generic_tree_once(tiny: Tiny) -> None:
+    settings = {"train__batch_rows": 16, "train__group_pairs": False, "train__microbatch_tokens": 700}
+    job = perturbed_job(tiny.config(**settings))
+    batches, _ = batches_of_step(job, FULL_STEP)
+    places: dict[tuple[int, ...], list[int]] = {}
+    for number, batch in enumerate(batches):
+        for row in batch.rows.tolist():
+            places.setdefault(job.rows[row].prompt_ids, []).append(number)
+    assert len(batches) > 2 and sum(len(numbers) > 1 for numbers in places.values()) > 3
+    assert all(len(set(numbers)) == 1 for numbers in places.values())
+
+
 @pytest.mark.parametrize("variant", ["pdpo_individual", "prm_individual"])
 def test_with_alpha_0_the_generic_user_alone_has_a_gradient(tiny: Tiny, variant: str) -> None:
     gradients = gradients_of_step(cut_config(tiny, variant, loss__alpha=0.0), FULL_STEP)
