@@ -17,6 +17,7 @@ from prlhf.data.context import facts_record
 from prlhf.distributed import all_reduce_any, barrier, beat, is_main, rank, world_size
 from prlhf.engine.faults import reach
 from prlhf.engine.optim import RowLazyAdamW
+from prlhf.engine.optimizer_state import load_optimizer_, optimizer_tensors
 from prlhf.errors import CheckpointError, DataError, NoCheckpointError, PrlhfError, RunDirError
 from prlhf.files import (
     MANIFEST,
@@ -46,7 +47,7 @@ from prlhf.models.assemble import (
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.tensor_files import StoredTensors, layout_path, make_layout, part_path, read_tensors, row_bounds
 from prlhf.models.user_rows import STORE, empty_moments, read_moments, stored_table, table_of_store, write_table
-from prlhf.sharding import local_part, own_rows, place_like
+from prlhf.sharding import local_part
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +112,10 @@ def save_checkpoint(
     flushed: dict[str, tuple[int, str]] = {}
     needed = _num_bytes(model, optimizer)
     beat(patience_s=needed / SLOW_DISK)
-    trained = trained_tensors(model, lora=identity.spec.lora_rank is not None)
-    moments = _optimizer_tensors(model, optimizer)
+    lora = identity.spec.lora_rank is not None
+    tensors = {TRAINABLE: trained_tensors(model, lora=lora), OPTIMIZER: optimizer_tensors(model, optimizer)}
     # Before anything is written: a rank whose disk fails must not leave the others waiting.
-    bounds = [row_bounds(tensors) for tensors in (trained, moments)]
+    bounds = {name: row_bounds(of_file) for name, of_file in tensors.items()}
     _make_folder(temporary, needed)
     try:
         beat(patience_s=needed / SLOW_DISK)
@@ -122,12 +123,10 @@ def save_checkpoint(
         save_file(
             {"torch": torch.get_rng_state(), **_device_rng(model.device)}, temporary / f"rng-{rank()}.safetensors"
         )
-        _write_tensors(temporary / TRAINABLE, trained, bounds[0])
-        _write_tensors(temporary / OPTIMIZER, moments, bounds[1])
+        for name, of_file in tensors.items():
+            _write_tensors(temporary / name, of_file, bounds[name])
         if is_main():
-            _write_shared_files(temporary, model, progress, identity)
-            flushed = _write_user_ids(temporary, model, optimizer.saved_in)
-            flushed |= _write_user_store(temporary, model, optimizer)
+            flushed = _write_shared_files(temporary, model, optimizer, progress, identity)
     except (*DISK_PROBLEMS, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
         problem = error
     _raise_together(problem, temporary, needed)
@@ -179,8 +178,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], bounds: dict[str, lis
 
 
 def _write_shared_files(
-    directory: Path, model: PersonalizedModel, progress: Progress, identity: RunIdentity
-) -> None:
+    directory: Path, model: PersonalizedModel, optimizer: RowLazyAdamW, progress: Progress, identity: RunIdentity
+) -> dict[str, tuple[int, str]]:
+    """Write all but tensors of the model and moments; returns size and sha256 of what is flushed already, by name."""
     if model.user_encoder is not None:
         shared = dict(model.user_encoder.named_parameters())
         if (stored := stored_table(model.user_encoder)) is not None:
@@ -206,6 +206,7 @@ def _write_shared_files(
     write_text_atomic(directory / CONFIG, identity.config_text)
     reach("checkpoint_file")
     model.tokenizer.save_pretrained(directory)
+    return {**_write_user_ids(directory, model, optimizer.saved_in), **_write_user_store(directory, model, optimizer)}
 
 
 def _write_user_ids(
@@ -265,7 +266,7 @@ def load_checkpoint_(
     if wrong:
         raise CheckpointError(*wrong)
     load_trained_(model, directory, lora=spec.lora_rank is not None)
-    _load_optimizer_(model, optimizer, StoredTensors(directory / OPTIMIZER))
+    load_optimizer_(model, optimizer, StoredTensors(directory / OPTIMIZER))
     stored = table_of_store(directory, model.user_encoder)
     if stored is not None and model.users is not None:
         optimizer.state[stored[1]].update(read_moments(directory / STORE, stored[1], model.users))
@@ -338,33 +339,6 @@ def _device_rng(device: torch.device) -> dict[str, Tensor]:
     return {"mps": torch.mps.get_rng_state()} if device.type == "mps" else {}
 
 
-def _optimizer_tensors(model: PersonalizedModel, optimizer: RowLazyAdamW) -> dict[str, Tensor]:
-    stored = stored_table(model.user_encoder)
-    return {
-        f"{name}.{slot}": value
-        for name, parameter in model.trainable().items()
-        if stored is None or parameter is not stored[1]
-        for slot, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _load_optimizer_(model: PersonalizedModel, optimizer: RowLazyAdamW, state: StoredTensors) -> None:
-    parameters = model.trainable()
-    rows = {}
-    for key, kind in state.kinds.items():
-        name = key.rpartition(".")[0]
-        if name not in parameters:
-            raise CheckpointError(f"{state.path}: {name}: unexpected; the model has no such trained tensor")
-        rows[key] = own_rows(parameters[name]) if kind.dim() else None
-        if rows[key] is not None and kind.shape != parameters[name].shape:
-            raise CheckpointError(f"{state.path}: {key}: got {tuple(kind.shape)}, expected "
-                                  f"{tuple(parameters[name].shape)}; use another checkpoint")
-    state.check_finite(rows)
-    for key in state.kinds:
-        name, _, slot = key.rpartition(".")
-        optimizer.state[parameters[name]][slot] = place_like(state.read(key, rows[key]), parameters[name])
-
-
 def _best_of(directories: list[Path], run_dir: Path) -> Path | None:
     """The checkpoint with the best accuracy on dev rows, the earliest of equal ones; None where none was evaluated."""
     accuracies = {}
@@ -385,7 +359,7 @@ def _raise_together(problem: Exception | None, temporary: Path, needed: int) -> 
 
 def _num_bytes(model: PersonalizedModel, optimizer: RowLazyAdamW) -> int:
     """About what a checkpoint takes; what is beside the tensors is small."""
-    tensors = [*model.trainable().values(), *_optimizer_tensors(model, optimizer).values()]
+    tensors = [*model.trainable().values(), *optimizer_tensors(model, optimizer).values()]
     return sum(tensor.nbytes for tensor in tensors) + 2**20
 
 
