@@ -37,6 +37,11 @@ class Outcome:
         return [line for line in self.text.splitlines() if line.startswith("error: ")]
 
 
+def run_name(*parts: object) -> str:
+    """A run's name from what sets it apart: a fault, settings."""
+    return "-".join(map(str, parts)).replace(":", "-").replace("=", "-").replace(" ", "-")
+
+
 class Bench:
     """A folder with the tiny job and its runs."""
 
@@ -44,8 +49,8 @@ class Bench:
         self.folder = folder
         self.runs = folder / "runs"
         self.config = folder / "tiny.yaml"
-        self._whole: dict[int, str] = {}
-        self._seconds: dict[int, float] = {}
+        self._whole: dict[tuple[int, tuple[str, ...]], str] = {}
+        self._seconds: dict[tuple[int, tuple[str, ...]], float] = {}
         from prlhf.engine.trainer import REFERENCE_CACHE  # here, so that the forks find it imported
 
         self._reference_cache = self.runs / REFERENCE_CACHE
@@ -101,20 +106,22 @@ class Bench:
         """As `train`, in a process of its own, whose exit code is the command's."""
         return ForkedProcess(lambda: self.train(name, **options).code, self.folder / "apart.log")
 
-    def whole(self, num_ranks: int = 1) -> str:
+    def whole(self, num_ranks: int = 1, settings: Sequence[str] = ()) -> str:
         """The weights of the undisturbed run."""
-        if num_ranks not in self._whole:
-            outcome = self.train(f"whole-{num_ranks}", num_ranks=num_ranks)
+        kind = num_ranks, tuple(settings)
+        if kind not in self._whole:
+            name = run_name("whole", num_ranks, *settings)
+            outcome = self.train(name, *settings, num_ranks=num_ranks)
             if outcome.code:
                 raise RankError(f"the undisturbed run ended with exit code {outcome.code}: {outcome.text}")
-            self._whole[num_ranks] = self.weights(f"whole-{num_ranks}")
-            self._seconds[num_ranks] = outcome.seconds
-        return self._whole[num_ranks]
+            self._whole[kind] = self.weights(name)
+            self._seconds[kind] = outcome.seconds
+        return self._whole[kind]
 
     def whole_seconds(self, num_ranks: int = 1) -> float:
         """How long the undisturbed run took."""
         self.whole(num_ranks)
-        return self._seconds[num_ranks]
+        return self._seconds[num_ranks, ()]
 
     def weights(self, name: str) -> str:
         """sha256 of the last checkpoint's tensors: weights, optimizer and random states."""
@@ -136,7 +143,7 @@ class Bench:
         outcome = self.train(name, *settings, num_ranks=num_ranks)
         if outcome.code:
             return [f"resume: exit {outcome.code}: {' '.join(outcome.errors)}"]
-        whole = self.whole(num_ranks)
+        whole = self.whole(num_ranks, settings)
         return [] if self.weights(name) == whole else ["resume: other weights"]
 
     def remove(self, name: str) -> None:

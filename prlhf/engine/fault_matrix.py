@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from prlhf.engine.checkpoint import find_checkpoint
-from prlhf.engine.fault_bench import Bench
+from prlhf.engine.fault_bench import Bench, run_name
 from prlhf.engine.run_dir import read_status
 from prlhf.engine.tiny_job import EVAL_STEP, NUM_STEPS
 from prlhf.errors import NoCheckpointError
@@ -31,6 +31,11 @@ SIGNAL_POINTS = (
     ("reference", 0), ("step_begin", 3), ("checkpoint_file_2", 4), ("before_rename", 4), ("eval", EVAL_STEP),
     ("eval", NUM_STEPS),
 )
+PART_POINTS = (  # of shards: each rank writes its random state, then its part of the weights and of the moments
+    ("checkpoint_file_1", 0), ("checkpoint_file_3", 0), ("checkpoint_file_1", 1), ("checkpoint_file_2", 1),
+    ("before_manifest", 0), ("after_rename", 0),
+)
+SHARDED = ("train.parallel=fsdp",)
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "0 bytes": lambda data: b"",
     "cut in half": lambda data: data[: len(data) // 2],
@@ -51,7 +56,7 @@ class Row(NamedTuple):
 
 def fault_rows() -> list[Row]:
     """Every row; the quick ones are a selection across all kinds."""
-    return [*_kills(), *_errors(), *_signals(), *_damages(), *_ranks(), *_refusals()]
+    return [*_kills(), *_errors(), *_signals(), *_damages(), *_ranks(), *_parts(), *_refusals()]
 
 
 def _kills() -> list[Row]:
@@ -121,8 +126,25 @@ def _ranks() -> list[Row]:
               partial(_stopped, f"{point}:{step}:{rank}:sigterm", num_ranks=2))
           for point, step, rank in (("step_begin", 3, 1), ("eval", EVAL_STEP, 1), ("reference", 0, 1))),
         Row("SIGTERM to the launcher of 2", "some time", "exit 75; resume has the same weights", _stopped_launcher),
-        Row("2 ranks, then 1", "step_begin, step 5", "the same losses to 1e-4", partial(_other_world, 2, 1)),
-        Row("1 rank, then 2", "step_begin, step 5", "the same losses to 1e-4", partial(_other_world, 1, 2)),
+        Row("2 ranks, then 1", "step_begin, step 5", "the same losses to 1e-4", partial(_other_world, 2, 1, ())),
+        Row("1 rank, then 2", "step_begin, step 5", "the same losses to 1e-4", partial(_other_world, 1, 2, ())),
+    ]
+
+
+def _parts() -> list[Row]:
+    named = f"all end with its name in < {MUST_END_S:.0f} s; resume has the same weights"
+    found = "found in each file before loading; resume from the one before has the same weights"
+    return [
+        *(Row(f"kill -9 of rank {rank} of 2, sharded", f"{point}, step 4", named,
+              partial(_lost_rank, f"{point}:4:{rank}:kill9", rank, settings=SHARDED)) for point, rank in PART_POINTS),
+        Row("ENOSPC of rank 1 of 2, sharded", "checkpoint_file_2, step 4",
+            "exit 2; resume has the same weights", _full_disk_of_a_part),
+        *(Row(f"{kind}, sharded", "each file of a checkpoint", found, partial(_damaged, kind, num_ranks=2))
+          for kind in ("one flipped bit", "deleted")),
+        Row("2 sharded ranks, then 1", "step_begin, step 5", "the same losses to 1e-4",
+            partial(_other_world, 2, 1, SHARDED)),
+        Row("2 sharded ranks, then 2 of ddp", "step_begin, step 5", "the same losses to 1e-4",
+            partial(_other_world, 2, 2, SHARDED)),
     ]
 
 
@@ -228,16 +250,28 @@ def _stopped(fault: str, bench: Bench, num_ranks: int = 1) -> list[str]:
     return [*problems, *bench.differences(name, num_ranks)]
 
 
-def _interrupted(bench: Bench, name: str) -> Path:
-    """A run with checkpoints of steps 2 and 4."""
-    if not bench.checkpoints("interrupted"):
-        bench.train("interrupted", fault="step_begin:5:0:kill9")
-    shutil.copytree(bench.runs / "interrupted", bench.runs / name)
+def _full_disk_of_a_part(bench: Bench) -> list[str]:
+    outcome = bench.train("full-part", *SHARDED, fault="checkpoint_file_2:4:1:enospc", num_ranks=2)
+    kept = [path.name for path in bench.checkpoints("full-part")]
+    return [
+        *_check(outcome.code, 2),
+        *([] if kept == ["step-00000002"] else [f"kept {kept}"]),
+        *bench.differences("full-part", 2, SHARDED),
+    ]
+
+
+def _interrupted(bench: Bench, name: str, num_ranks: int = 1) -> Path:
+    """A run with checkpoints of steps 2 and 4; of several ranks in parts."""
+    source = f"interrupted-{num_ranks}"
+    if not bench.checkpoints(source):
+        settings = SHARDED if num_ranks > 1 else ()
+        bench.train(source, *settings, num_ranks=num_ranks, fault="step_begin:5:0:kill9")
+    shutil.copytree(bench.runs / source, bench.runs / name)
     return bench.runs / name
 
 
-def _damaged(kind: str, bench: Bench) -> list[str]:
-    run_dir = _interrupted(bench, f"damage {kind}".replace(" ", "-"))
+def _damaged(kind: str, bench: Bench, num_ranks: int = 1) -> list[str]:
+    run_dir = _interrupted(bench, run_name("damage", kind, num_ranks), num_ranks)
     previous, newest = bench.checkpoints(run_dir.name)
     problems = []
     for path in sorted(newest.iterdir()):
@@ -251,7 +285,7 @@ def _damaged(kind: str, bench: Bench) -> list[str]:
             problems.append(f"{path.name}: not found")
         if path.name != "users.safetensors":
             path.write_bytes(data)
-    return [*problems, *bench.differences(run_dir.name)]
+    return [*problems, *bench.differences(run_dir.name, num_ranks, SHARDED if num_ranks > 1 else ())]
 
 
 def _all_damaged(bench: Bench) -> list[str]:
@@ -262,16 +296,16 @@ def _all_damaged(bench: Bench) -> list[str]:
     return [*_check(outcome.code, NoCheckpointError.exit_code), *_one_line(outcome.errors, "none of 2")]
 
 
-def _lost_rank(fault: str, rank: int, bench: Bench) -> list[str]:
-    name = f"2-{fault.replace(':', '-')}"
-    outcome = bench.train(name, fault=fault, num_ranks=2)
+def _lost_rank(fault: str, rank: int, bench: Bench, settings: Sequence[str] = ()) -> list[str]:
+    name = run_name(2, fault, *settings)
+    outcome = bench.train(name, *settings, fault=fault, num_ranks=2)
     blamed = [line for line in outcome.errors if line.startswith(f"error: rank {rank} (process")]
     problems = [*_check(outcome.code, 1), *([] if blamed else [f"not named: {outcome.errors}"])]
     if outcome.seconds > MUST_END_S:
         problems.append(f"after {outcome.seconds:.0f} s")
     if "hang" in fault and "most recent call first" not in outcome.text:
         problems.append("no stacks")
-    return [*problems, *bench.differences(name, 2)]
+    return [*problems, *bench.differences(name, 2, settings)]
 
 
 def _relaunched(times: int, bench: Bench) -> list[str]:
@@ -295,10 +329,11 @@ def _stopped_launcher(bench: Bench) -> list[str]:
     return [*_check(launcher.wait(), 75), *bench.differences("launcher", 2)]
 
 
-def _other_world(before: int, after: int, bench: Bench) -> list[str]:
-    no_dropout, name = "model.lora.dropout=0.0", f"world-{before}-{after}"
+def _other_world(before: int, after: int, settings: Sequence[str], bench: Bench) -> list[str]:
+    """Settings are those of the ranks before."""
+    no_dropout, name = "model.lora.dropout=0.0", run_name("world", before, after, *settings)
     bench.train("no-dropout", no_dropout)
-    bench.train(name, no_dropout, num_ranks=before, fault="step_begin:5:0:kill9")
+    bench.train(name, no_dropout, *settings, num_ranks=before, fault="step_begin:5:0:kill9")
     outcome = bench.train(name, no_dropout, num_ranks=after)
     losses, expected = ([line["loss"] for line in bench.metrics(run)] for run in (name, "no-dropout"))
     gap = max(abs(loss - other) for loss, other in zip(losses, expected, strict=True))
