@@ -166,6 +166,40 @@ def publish_directory(temporary: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
+@contextlib.contextmanager
+def writing_directory(final: Path) -> Iterator[Path]:
+    """Inside, a new directory beside the final one, to fill and publish; what is not published is gone at the end.
+
+    One process at a time writes a directory; what killed ones left of it goes first.
+
+    Raises: RunDirError: another process is writing it.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with lock_beside(final):
+        remove_temporaries(final)
+        temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+        try:
+            temporary.mkdir()
+            yield temporary
+        finally:
+            remove_directories([temporary])
+
+
+def find_temporaries(final: Path) -> list[Path]:
+    """Directories that `writing_directory` made for a final one and that are still there."""
+    start = f".{final.name}.tmp-"
+    beside = final.parent.iterdir() if final.parent.is_dir() else ()
+    return [
+        path for path in beside
+        if path.name.startswith(start) and path.name.removeprefix(start).isdecimal() and path.is_dir()
+    ]
+
+
+def remove_temporaries(final: Path) -> None:
+    """Delete what killed processes left of a directory that they were writing; call it under `lock_beside`."""
+    remove_directories(find_temporaries(final))
+
+
 def remove_directories(directories: Iterable[Path]) -> None:
     """Delete directories with all they hold; one that is gone already is no error."""
     for directory in directories:
@@ -232,3 +266,8 @@ class LockFile:
         """Let go."""
         self.path.unlink(missing_ok=True)
         self._file.close()
+
+
+def lock_beside(directory: Path) -> LockFile:
+    """The lock of a directory that is written or replaced as a whole, and with it what is inside."""
+    return LockFile(directory.with_name(f".lock-{directory.name}"), directory)

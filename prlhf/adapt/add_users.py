@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,9 +20,9 @@ from prlhf.files import (
     link_or_copy,
     publish_directory,
     read_json,
-    remove_directories,
     seal_directory,
     write_json_atomic,
+    writing_directory,
     writing_tensors,
 )
 from prlhf.models.assemble import CONTEXTS, USER_IDS, USER_TEXTS, USERS
@@ -86,9 +85,7 @@ def write_with_users(
     """
     assert model.users is not None
     out = out.resolve()
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
+    with writing_directory(out) as temporary:
         table = STORE if (checkpoint / STORE).is_dir() else USERS
         changed = {MANIFEST, USER_IDS}
         changed.update(name for name, new in ((table, states), (CONTEXTS, facts), (USER_TEXTS, texts)) if new)
@@ -106,8 +103,6 @@ def write_with_users(
         if out.is_dir():
             out.rmdir()  # empty: `check_new` refuses others
         publish_directory(temporary, out)
-    finally:
-        remove_directories([temporary])
 
 
 def _write_states(

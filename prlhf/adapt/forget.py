@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from prlhf.adapt.checkpoint_rows import (
-    PREFIX,
     RECEIPT,
     check_cleanable,
     compares_data,
@@ -29,7 +28,7 @@ from prlhf.engine.run_dir import LOCK, STATUS
 from prlhf.engine.tombstones import Tombstones
 from prlhf.errors import CheckpointError, DataError
 from prlhf.evaluation.samples import GENERIC
-from prlhf.files import LockFile, read_json, write_json_atomic
+from prlhf.files import LockFile, find_temporaries, lock_beside, read_json, remove_temporaries, write_json_atomic
 from prlhf.models.assemble import CONTEXTS, STATE, USER_TEXTS
 
 REMAINS = (
@@ -65,8 +64,7 @@ def forget_user(directory: Path, user_id: str, *, data: Path | None = None) -> d
     is_checkpoint = (directory / STATE).is_file() or has_begun_rename(directory)
     _check_target(directory, user_id, is_checkpoint=is_checkpoint)
     # A checkpoint is replaced as a whole, and with it a lock inside.
-    lock = directory.with_name(f"{PREFIX}lock-{directory.name}") if is_checkpoint else directory / LOCK
-    with LockFile(lock, directory):
+    with lock_beside(directory) if is_checkpoint else LockFile(directory / LOCK, directory):
         _clear_leftovers(directory, is_checkpoint=is_checkpoint)
         tombstones = Tombstones(directory)
         tag = tombstones.tag(user_id)
@@ -89,6 +87,10 @@ def forget_user(directory: Path, user_id: str, *, data: Path | None = None) -> d
 
 def _check_target(directory: Path, user_id: str, *, is_checkpoint: bool) -> None:
     if not is_checkpoint and not (directory / CONFIG).is_file():
+        if find_temporaries(directory):
+            with lock_beside(directory):
+                remove_temporaries(directory)
+            raise CheckpointError(f"{directory}: was never finished, and what killed processes left of it is removed")
         raise CheckpointError(f"{directory}: neither a run nor a checkpoint; give runs/NAME or what prlhf adapt wrote")
     run = directory.parent.parent
     if is_checkpoint and directory.parent.name == "checkpoints" and (run / CONFIG).is_file():
@@ -98,9 +100,10 @@ def _check_target(directory: Path, user_id: str, *, is_checkpoint: bool) -> None
 
 
 def _clear_leftovers(directory: Path, *, is_checkpoint: bool) -> None:
-    """What killed processes left: renames of an earlier call, half-written files and checkpoints."""
+    """What killed processes left: renames of an earlier call, half-written files, checkpoints and adapted models."""
     if is_checkpoint:
         finish_rename(directory)
+        remove_temporaries(directory)
     else:
         finish_renames(directory / "checkpoints")
         remove_stale_temporaries(directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +14,9 @@ from prlhf.files import (
     fsync_path,
     publish_directory,
     read_json,
-    remove_directories,
     write_json_atomic,
     write_text_atomic,
+    writing_directory,
     writing_tensors,
 )
 from prlhf.models import PersonalizedPolicy, load_policy
@@ -51,9 +50,7 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path) -> None:
     spec = spec_from_dict(state["policy"])
     _refuse_missing_adapter(directory, spec, kind)
     policy = load_policy(directory)
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
+    with writing_directory(out) as temporary:
         with writing_tensors(out):
             _write_users(policy, spec, temporary)
             if kind == "merged":
@@ -67,8 +64,6 @@ def export_checkpoint(checkpoint: Path, kind: str, out: Path) -> None:
         for path in temporary.rglob("*"):
             fsync_path(path)
         publish_directory(temporary, out)
-    finally:
-        remove_directories([temporary])
 
 
 def _refuse_missing_adapter(directory: Path, spec: PolicySpec, kind: str) -> None:

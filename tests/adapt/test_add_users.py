@@ -1,0 +1,92 @@
+"""Adding users may be killed at any moment, and does not bring back who was forgotten."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from prlhf.adapt.add_users import write_with_users
+from prlhf.adapt.forget import forget_user
+from prlhf.data.context import UserFacts
+from prlhf.errors import CheckpointError, RunDirError
+from prlhf.files import lock_beside
+from prlhf.models import PersonalizedModel, load_model
+from prlhf.serving.export import export_checkpoint
+from tests.forget_run import CANARY_TEXT, bytes_of, killed_at
+from tests.saved_policies import checkpoint_of, save_policy
+from tests.tiny_run import Crash
+
+DORA = "dora-5f1c9a7e"
+
+
+def add(run: Path, out: Path, model: PersonalizedModel) -> None:
+    """Dora, of whom a row or a text is kept, and what stands in front of her prompts."""
+    reads = model.contexts is not None
+    states = {} if reads else {DORA: torch.ones(3, 32)}
+    facts = {DORA: UserFacts(text=CANARY_TEXT)} if reads else {}
+    write_with_users(checkpoint_of(run), out, model, states, facts, {DORA: CANARY_TEXT})
+
+
+def holds_dora(folder: Path) -> bool:
+    names = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    return any(needle in bytes_of(folder) for needle in (DORA.encode(), CANARY_TEXT.encode())) or DORA in str(names)
+
+
+@pytest.mark.parametrize("kind", ["individual", "text"])
+def test_killed_at_any_moment_nothing_of_the_user_outlives_a_forgetting(kind: str, tmp_path: Path) -> None:
+    save_policy(tmp_path / "run", user_kind=kind)
+    model, models = load_model(tmp_path / "run"), tmp_path / "models"
+    with killed_at(10**6) as count:
+        add(tmp_path / "run", models / "dora", model)
+    num_points = count[0]
+    assert num_points > 15
+    left = 0
+    for point in range(num_points):
+        for again in (True, False):
+            shutil.rmtree(models)
+            with pytest.raises(Crash), killed_at(point):
+                add(tmp_path / "run", models / "dora", model)
+            left += any(path.name.startswith(".dora.tmp-") for path in models.iterdir())
+            with killed_at(10**6):
+                if again and not (models / "dora").exists():
+                    add(tmp_path / "run", models / "dora", model)
+                if (models / "dora").exists() or any(models.glob(".dora.tmp-*")):
+                    _forget(models / "dora")
+            assert not holds_dora(models), (point, again)
+            assert {path.name for path in models.iterdir()} <= {"dora", ".lock-dora"}
+    assert left > 10
+
+
+def _forget(out: Path) -> None:
+    if out.exists():
+        forget_user(out, DORA)
+    else:
+        with pytest.raises(CheckpointError, match="never finished"):
+            forget_user(out, DORA)
+
+
+def test_an_export_takes_the_place_of_one_that_was_killed(tmp_path: Path) -> None:
+    save_policy(tmp_path / "run")
+    (tmp_path / ".out.tmp-1").mkdir()
+    (tmp_path / ".out.tmp-1" / "export.json").touch()
+    for other in (".out2.tmp-1", ".out.tmp-mine"):
+        (tmp_path / other).mkdir()
+    export_checkpoint(tmp_path / "run", "merged", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [".out.tmp-mine", ".out2.tmp-1"]
+
+
+def test_what_another_process_is_writing_is_left_to_it(tmp_path: Path) -> None:
+    save_policy(tmp_path / "run")
+    (tmp_path / ".out.tmp-1").mkdir()
+    with lock_beside(tmp_path / "out"):
+        for refused in (
+            lambda: export_checkpoint(tmp_path / "run", "merged", tmp_path / "out"),
+            lambda: add(tmp_path / "run", tmp_path / "out", load_model(tmp_path / "run")),
+            lambda: forget_user(tmp_path / "out", DORA),
+        ):
+            with pytest.raises(RunDirError, match="in use by process"):
+                refused()
+    assert (tmp_path / ".out.tmp-1").is_dir()
