@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from prlhf.files import (
 )
 from prlhf.models.assemble import CONTEXTS, STATE, USER_IDS, USER_TEXTS, USERS
 from prlhf.models.tensor_files import read_tensors
-from prlhf.models.user_rows import STORE, write_without
+from prlhf.models.user_rows import STORE, count_equal_rows, write_without
 from prlhf.usermodel.store import UserStore
 
 RECEIPT = "forgotten-{tag}.json"
@@ -53,6 +54,30 @@ def find_user(checkpoint: Path, user_id: str) -> list[str]:
     if users == [user_id]:
         raise CheckpointError(f"{checkpoint}: the user is the only one of this model; delete it with all it holds")
     return files
+
+
+def count_twins(checkpoint: Path, user_id: str) -> int:
+    """Other users whose row is the user's very row, as of one whom `prlhf adapt` found to be like the user.
+
+    Rows that say nothing of anybody, the generic user's, count as nobody's.
+
+    Raises: CheckpointError: a damaged store.
+    """
+    users = read_json(checkpoint / USER_IDS)["user_ids"]
+    if (checkpoint / STORE).is_dir():
+        return count_equal_rows(checkpoint / STORE, user_id)
+    if user_id not in users:
+        return 0
+    tensors = read_tensors(checkpoint / USERS)
+    tables = [tensors[key] for key in _tables(checkpoint, len(users)).get(USERS, [])]
+    counts = [0]
+    for table in tables:
+        first = len(table) - len(users)  # 1 where the generic user has a row
+        generic = table[0] if first else torch.zeros_like(table[0])
+        row = table[first + users.index(user_id)]
+        if not torch.equal(row, generic):
+            counts.append(int((table[first:] == row).flatten(1).all(dim=1).sum()) - 1)
+    return max(counts)
 
 
 def check_cleanable(checkpoint: Path) -> None:

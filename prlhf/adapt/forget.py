@@ -13,6 +13,7 @@ from prlhf.adapt.checkpoint_rows import (
     RECEIPT,
     check_cleanable,
     compares_data,
+    count_twins,
     find_user,
     finish_rename,
     finish_renames,
@@ -38,6 +39,10 @@ REMAINS = (
     "Means over users and rows in metrics and evaluations were taken with the user; prlhf eval takes them anew.",
     "Copies: other runs, adapted checkpoints made from this one, exports, reports written elsewhere, backups, and disk "
     "blocks that are freed but not overwritten.",
+)
+TWINS = (
+    "The user's very row: {count} it, as prlhf adapt gives who is like a known user that one's row. What was learned "
+    "of the user serves them on; forget them, too, or adapt them anew."
 )
 OF_DATA = "data: "  # before what goes from --data
 DATA_REMAINS = "The data that the user's rows came from; a resumed run refuses it (--data DIR takes them out)."
@@ -77,7 +82,7 @@ def forget_user(directory: Path, user_id: str, *, data: Path | None = None) -> d
         if steps and report.is_file():
             steps.insert(0, Step(report.name, report.unlink))
         if steps or begun:
-            tombstones.bury(tag)
+            tombstones.bury(tag, twins=_count_twins(directory, user_id, is_checkpoint=is_checkpoint))
             for step in steps:
                 tombstones.note(tag, step.what)
                 step.do()
@@ -117,7 +122,7 @@ def _plan(
     directory: Path, user_id: str, data: Path | None, *, is_checkpoint: bool, begun: bool
 ) -> list[Step]:
     """Files of the run first: the checkpoints and the data tell which texts in them are the user's."""
-    checkpoints = [directory] if is_checkpoint else sorted((directory / "checkpoints").glob("step-[0-9]*"))
+    checkpoints = _checkpoints(directory, is_checkpoint=is_checkpoint)
     found = {checkpoint: find_user(checkpoint, user_id) for checkpoint in checkpoints}
     sources = _data_files(data)
     steps: list[Step] = []
@@ -139,6 +144,14 @@ def _plan(
             where = "" if is_checkpoint else f"{checkpoint.name}: "
             steps.append(Step(f"{where}the user's part of {what}", partial(remove_user, checkpoint, user_id)))
     return steps + from_data
+
+
+def _checkpoints(directory: Path, *, is_checkpoint: bool) -> list[Path]:
+    return [directory] if is_checkpoint else sorted((directory / "checkpoints").glob("step-[0-9]*"))
+
+
+def _count_twins(directory: Path, user_id: str, *, is_checkpoint: bool) -> int:
+    return max((count_twins(path, user_id) for path in _checkpoints(directory, is_checkpoint=is_checkpoint)), default=0)
 
 
 def _run_files(directory: Path) -> list[Path]:
@@ -208,8 +221,9 @@ def _receipt_path(directory: Path, tag: str) -> Path:
 
 
 def _write_receipt(directory: Path, tombstones: Tombstones, tag: str) -> None:
-    removed = tombstones.entries[tag]["removed"]
-    remains = [*REMAINS, *([] if any(what.startswith(OF_DATA) for what in removed) else [DATA_REMAINS])]
+    removed, twins = tombstones.entries[tag]["removed"], tombstones.entries[tag].get("twins", 0)
+    same = [TWINS.format(count="1 other user has" if twins == 1 else f"{twins} other users have")] if twins else []
+    remains = [*REMAINS, *same, *([] if any(what.startswith(OF_DATA) for what in removed) else [DATA_REMAINS])]
     receipt = {"tombstone": tag, "removed": removed, "remains": remains}
     write_json_atomic(_receipt_path(directory, tag), receipt)
     tombstones.finish(tag)

@@ -34,9 +34,16 @@ class Tombstones:
         """HMAC-SHA256 of an id, in hex."""
         return hmac.new(bytes.fromhex(self._key), user_id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
-    def bury(self, tag: str) -> None:
-        """Set a tombstone; it stays unfinished until `finish`."""
-        self.entries.setdefault(tag, {"removed": []})["finished"] = None
+    def bury(self, tag: str, *, twins: int = 0) -> None:
+        """Set a tombstone; it stays unfinished until `finish`.
+
+        Args:
+            twins: other users who have the user's very row; a later call, which no longer sees it, takes none away.
+        """
+        entry = self.entries.setdefault(tag, {"removed": []})
+        entry["finished"] = None
+        if twins > entry.get("twins", 0):
+            entry["twins"] = twins
         self._write()
 
     def note(self, tag: str, removed: str) -> None:

@@ -123,6 +123,21 @@ def write_without(directory: Path, previous: Path, user_id: str) -> dict[str, tu
     return full
 
 
+def count_equal_rows(directory: Path, user_id: str) -> int:
+    """Users of a store, but the user, whose row equals the user's bit for bit; 0 where that is zero or there is none.
+
+    Raises: CheckpointError: a damaged row.
+    """
+    with UserStore.open(directory) as store:
+        if user_id not in store:
+            return 0
+        row = store.read([user_id])[0]
+        if not row.any():
+            return 0
+        same = ((store.read(users) == row).flatten(1).all(dim=1) for users in _chunks(list(store)))
+        return sum(int(found.sum()) for found in same) - 1
+
+
 @torch.no_grad()
 def read_rows_(directory: Path, table: Tensor, users: UserIndex, field: str = "row") -> None:
     """Fill a table of zeros with what a store holds.

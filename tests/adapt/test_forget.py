@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prlhf.adapt import forget
+from prlhf.adapt.add_users import write_with_users
 from prlhf.adapt.forget import forget_user
 from prlhf.cli import main
 from prlhf.engine.run_dir import RunDir
@@ -259,6 +260,31 @@ def test_a_user_added_to_frozen_weights_leaves_no_trace(tmp_path: Path) -> None:
     assert "cat" not in after.users
     for user in (None, "ann", "bob"):
         assert torch.equal(logits_of(after, user), logits_of(base, user))
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("individual", (3, 32)), ("cluster", (2,)), ("low_rank", (2,))])
+def test_the_receipt_counts_who_else_has_the_users_row(kind: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """As whom prlhf adapt finds to be like the user has; dan and eve are both like the generic user."""
+    save_policy(tmp_path / "run", user_ids=["ann", "cat", "bob"], user_kind=kind)
+    checkpoint, adapted = checkpoint_of(tmp_path / "run"), tmp_path / "adapted"
+    model = load_model(checkpoint)
+    encoder = model.user_encoder
+    row, generic = encoder.table.detach()[1 + len(encoder.table) - 3], encoder.generic_state
+    assert row.shape == generic.shape == shape
+    write_with_users(checkpoint, adapted, model, {"fay": row, "gus": row, "dan": generic, "eve": generic}, {})
+    shutil.copytree(adapted, tmp_path / "copy")
+    with killed_at(10**6) as count:
+        forget_user(tmp_path / "copy", "cat")
+    with pytest.raises(Crash), killed_at(count[0] - 5):
+        forget_user(adapted, "cat")
+    assert "cat" not in load_policy(adapted).users
+    assert '"finished": null' in (adapted / "tombstones.json").read_text()
+    [line] = [line for line in forget_user(adapted, "cat")["remains"] if "very row" in line]
+    assert "2 other users have it" in line
+    [line] = [line for line in forget_user(adapted, "fay")["remains"] if "very row" in line]
+    assert "1 other user has it" in line
+    for user in ("gus", "dan", "bob"):
+        assert not any("very row" in line for line in forget_user(adapted, user)["remains"])
 
 
 def test_a_folder_inside_a_checkpoint_is_refused_before_anything_goes(tmp_path: Path) -> None:

@@ -251,3 +251,13 @@ def test_forgetting_in_the_run_leaves_models_adapted_from_it_as_they_are(root: P
     before = snapshot(out)
     forget_user(root / "run", CANARY)
     assert snapshot(out) == before and find_damage(out) == []
+
+
+def test_the_receipt_counts_who_else_has_the_users_row(root: Path) -> None:
+    checkpoint, adapted = _checkpoints(root)[-1], root / "adapted"
+    row = _rows(checkpoint)[f"{CANARY} row"][0]
+    states = {"fay": row, "gus": row, "dan": torch.zeros_like(row), "eve": torch.zeros_like(row)}
+    write_with_users(checkpoint, adapted, load_policy(checkpoint), states, {})
+    [line] = [line for line in forget_user(adapted, CANARY)["remains"] if "very row" in line]
+    assert "2 other users have it" in line
+    assert not any("very row" in line for line in forget_user(adapted, "dan")["remains"])
