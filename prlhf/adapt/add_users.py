@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prlhf.adapt.checkpoint_rows import RECEIPT
 from prlhf.data.context import UserFacts, facts_record
 from prlhf.data.quoting import quote
 from prlhf.data.records import UserIndex
+from prlhf.engine.tombstones import TOMBSTONES, find_forgotten, refuse_forgotten
 from prlhf.errors import DataError
 from prlhf.evaluation.samples import GENERIC
 from prlhf.files import (
@@ -35,27 +37,38 @@ NOT_TAKEN = ("optimizer.", "rng-")  # of a training run, which new users are no 
 
 
 def check_new(checkpoint: Path, user_ids: Sequence[str], out: Path) -> None:
-    """Refuse, before any work, users whom the checkpoint knows or its store forgot, ids that are none, and a directory
-    that is there or cannot be.
+    """Refuse, before any work, users whom the checkpoint knows, or who were forgotten by it, its store or its run, ids
+    that are none, and a directory that is there or cannot be.
 
-    Raises: DataError: each of them. RunDirError: no directory can be there.
+    Raises: DataError: each of them. RunDirError: no directory can be there, or a forgetting was cut short.
     """
     check_can_appear(out)
+    buried = _with_tombstones(checkpoint)
+    refuse_forgotten(buried, ())
     known = set(read_json(checkpoint / USER_IDS)["user_ids"])
     wrong = [f"user {quote(user)}: the checkpoint knows them already; choose another id"
              for user in user_ids if user in known]
     wrong += [f"user {quote(user)}: is empty, or no text that UTF-8 can write; choose another id"
               for user in user_ids if not user or not _is_utf8(user)]
+    forgotten = find_forgotten(buried, user_ids)
     if (checkpoint / STORE).is_dir():
         with UserStore.open(checkpoint / STORE) as store:
-            wrong += [f"user {quote(user)}: was forgotten, and the checkpoint takes the id no more; choose another id"
-                      for user in user_ids if _is_utf8(user) and store.is_forgotten(user)]
+            forgotten |= {user for user in user_ids if _is_utf8(user) and store.is_forgotten(user)}
+    wrong += [f"user {quote(user)}: was forgotten, and the checkpoint takes the id no more; choose another id"
+              for user in user_ids if user in forgotten]
     if GENERIC in user_ids:
         wrong.append(f"user {quote(GENERIC)}: names the generic user in every command; choose another id")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         wrong.append(f"{out}: exists; --out names a new directory")
     if wrong:
         raise DataError(*wrong)
+
+
+def _with_tombstones(checkpoint: Path) -> list[Path]:
+    """The checkpoint, and the run that it lies in, where they have tombstones."""
+    checkpoint = checkpoint.resolve()
+    homes = [checkpoint, *([checkpoint.parents[1]] if checkpoint.parent.name == "checkpoints" else [])]
+    return [home for home in homes if (home / TOMBSTONES).is_file()]
 
 
 def _is_utf8(text: str) -> bool:
@@ -92,6 +105,7 @@ def write_with_users(
         for path in sorted(checkpoint.iterdir()):
             if path.name not in changed and not path.name.startswith((".", *NOT_TAKEN)):
                 link_or_copy(path, temporary / path.name)
+        _bring_tombstones(checkpoint, temporary)
         write_json_atomic(temporary / USER_IDS, {"user_ids": [*model.users.user_ids, *(states or facts)]})
         if facts:
             assert model.contexts is not None
@@ -103,6 +117,15 @@ def write_with_users(
         if out.is_dir():
             out.rmdir()  # empty: `check_new` refuses others
         publish_directory(temporary, out)
+
+
+def _bring_tombstones(checkpoint: Path, directory: Path) -> None:
+    """A run's tombstones and receipts: who was forgotten there is so in what comes from it."""
+    if (directory / TOMBSTONES).exists():
+        return
+    for home in _with_tombstones(checkpoint):
+        for path in (home / TOMBSTONES, *home.glob(RECEIPT.format(tag="*"))):
+            link_or_copy(path, directory / path.name)
 
 
 def _write_states(

@@ -61,6 +61,15 @@ class Tombstones:
         write_json_atomic(self.path, {"key": self._key, "forgotten": self.entries})
 
 
+def find_forgotten(directories: Iterable[Path], user_ids: Iterable[str]) -> set[str]:
+    """Those of the users of whom one of the directories has a tombstone."""
+    users, found = list(user_ids), set()
+    for directory in directories:
+        tombstones = Tombstones(directory)
+        found |= {user_id for user_id in users if tombstones.tag(user_id) in tombstones.entries}
+    return found
+
+
 def refuse_forgotten(directories: Iterable[Path], user_ids: Iterable[str]) -> None:
     """Refuse data that holds forgotten users, and directories that are half cleaned.
 

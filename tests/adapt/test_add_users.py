@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from prlhf.adapt.add_users import write_with_users
+from prlhf.adapt.add_users import check_new, write_with_users
 from prlhf.adapt.forget import forget_user
 from prlhf.data.context import UserFacts
-from prlhf.errors import CheckpointError, RunDirError
-from prlhf.files import lock_beside
+from prlhf.errors import CheckpointError, DataError, RunDirError
+from prlhf.files import find_damage, lock_beside
 from prlhf.models import PersonalizedModel, load_model
 from prlhf.serving.export import export_checkpoint
-from tests.forget_run import CANARY_TEXT, bytes_of, killed_at
+from tests.forget_run import CANARY_TEXT, bytes_of, killed_at, make_run
 from tests.saved_policies import checkpoint_of, save_policy
 from tests.tiny_run import Crash
 
@@ -90,3 +91,25 @@ def test_what_another_process_is_writing_is_left_to_it(tmp_path: Path) -> None:
             with pytest.raises(RunDirError, match="in use by process"):
                 refused()
     assert (tmp_path / ".out.tmp-1").is_dir()
+
+
+def test_who_was_forgotten_is_not_added_again_here_nor_to_what_comes_from_here(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", "cat")
+    run, first, second = checkpoint_of(tmp_path / "run"), tmp_path / "first", tmp_path / "second"
+    with pytest.raises(Crash), killed_at(12):
+        forget_user(tmp_path / "run", "cat")
+    with pytest.raises(RunDirError, match="cut short"):
+        check_new(run, ["dora"], first)
+    forget_user(tmp_path / "run", "cat")
+    add(tmp_path / "run", first, load_model(run))
+    forget_user(first, DORA)
+    write_with_users(first, second, load_model(first), {"eve": torch.ones(3, 32)}, {})
+    for checkpoint, users in ((run, ["cat"]), (first, ["cat", DORA]), (second, ["cat", DORA])):
+        with pytest.raises(DataError) as refusal:
+            check_new(checkpoint, [*users, "fay"], tmp_path / "out")
+        assert len(refusal.value.messages) == len(users)
+        assert all("was forgotten" in message for message in refusal.value.messages)
+    forget_user(second, "eve")
+    assert forget_user(second, "cat")["removed"] == forget_user(tmp_path / "run", "cat")["removed"]
+    assert len(json.loads((tmp_path / "run" / "tombstones.json").read_text())["forgotten"]) == 1
+    assert find_damage(first) == [], "its tombstones are not those that the second one changed"
