@@ -206,11 +206,11 @@ def _write_shared_files(
     write_text_atomic(directory / CONFIG, identity.config_text)
     reach("checkpoint_file")
     model.tokenizer.save_pretrained(directory)
-    return {**_write_user_ids(directory, model, optimizer.saved_in), **_write_user_store(directory, model, optimizer)}
+    return {**_write_user_ids(directory, model, optimizer), **_write_user_store(directory, model, optimizer)}
 
 
 def _write_user_ids(
-    directory: Path, model: PersonalizedModel, previous: Path | None
+    directory: Path, model: PersonalizedModel, optimizer: RowLazyAdamW
 ) -> dict[str, tuple[int, str]]:
     """Write the list of users; returns size and sha256 of what is flushed already, by name.
 
@@ -218,7 +218,8 @@ def _write_user_ids(
     """
     reach("checkpoint_file")
     path = directory / USER_IDS
-    if previous is not None and stored_table(model.user_encoder) is not None and (previous / STORE).is_dir():
+    previous = None if stored_table(model.user_encoder) is None else optimizer.saved_in
+    if previous is not None and (previous / STORE).is_dir():
         link_or_copy(previous / USER_IDS, path)
         entry = read_json(previous / MANIFEST)["files"][USER_IDS]
         return {USER_IDS: (entry["size"], entry["sha256"])} if path.samefile(previous / USER_IDS) else {}
