@@ -216,8 +216,7 @@ def _score(args: argparse.Namespace) -> int:
 
     if args.out is not None:
         make_place(args.out)
-    users = None if args.users == "all" else args.users.split(",")
-    records = score_file(args.checkpoint, args.data, users)
+    records = score_file(args.checkpoint, args.data, args.users)
     if args.out is None:
         sys.stdout.writelines(json.dumps(record) + "\n" for record in records)
     else:
@@ -235,7 +234,7 @@ def _generate(args: argparse.Namespace) -> int:
     make_place(args.out)
     prompts = _read_prompts(args.prompts)
     policy, limits = _load_to_answer(args.checkpoint)
-    users = known_users(policy, None if args.users == "all" else args.users.split(","))
+    users = known_users(policy, args.users)
     pairs = [(user, prompt) for user in users for prompt in prompts]
     answers = generate(
         policy,

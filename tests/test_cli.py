@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from prlhf.cli import parse_arguments
 from prlhf.engine.child import SignalRelay
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models import load_policy
@@ -36,6 +37,11 @@ from tests.tiny_run import (
 @pytest.fixture
 def run(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     return Run(tiny, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("command", ["adapt", "forget", "chat"])
+def test_an_id_may_begin_with_a_dash(command: str) -> None:
+    assert parse_arguments([command, "runs/mine", "--user=-x"]).user == "-x"
 
 
 def test_train_prints_the_table_and_leaves_the_documented_files(run: Run) -> None:

@@ -15,7 +15,7 @@ from prlhf.data.quoting import quote
 from prlhf.data.records import UserIndex
 from prlhf.engine.tombstones import TOMBSTONES, find_forgotten, refuse_forgotten
 from prlhf.errors import DataError
-from prlhf.evaluation.samples import GENERIC
+from prlhf.evaluation.samples import ALL, GENERIC
 from prlhf.files import (
     MANIFEST,
     check_can_appear,
@@ -56,8 +56,8 @@ def check_new(checkpoint: Path, user_ids: Sequence[str], out: Path) -> None:
             forgotten |= {user for user in user_ids if _is_utf8(user) and store.is_forgotten(user)}
     wrong += [f"user {quote(user)}: was forgotten, and the checkpoint takes the id no more; choose another id"
               for user in user_ids if user in forgotten]
-    if GENERIC in user_ids:
-        wrong.append(f"user {quote(GENERIC)}: names the generic user in every command; choose another id")
+    words = {GENERIC: "names the generic user in every command", ALL: "names all users where --users asks for some"}
+    wrong += [f"user {quote(word)}: {words[word]}; choose another id" for word in words if word in user_ids]
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         wrong.append(f"{out}: exists; --out names a new directory")
     if wrong:

@@ -13,7 +13,10 @@ def add_adapt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feedback", type=Path, metavar="F", help=".jsonl: chosen and rejected, or response and label, or edited"
     )
-    parser.add_argument("--user", metavar="ID", help="whose rows they are, where they do not say so (user_id)")
+    parser.add_argument(
+        "--user", metavar="ID",
+        help="whose rows they are, where they do not say so (user_id); --user=-x where an id begins with a dash",
+    )
     parser.add_argument("--held-out", type=Path, metavar="F", help="more of the same, to measure on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the checkpoint with the new users appears")
     parser.add_argument("--ask", type=int, metavar="N", help="choose the N pairs of --pool to ask the user about next")

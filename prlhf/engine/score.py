@@ -23,13 +23,13 @@ from prlhf.models.reward import PersonalizedRewardModel
 RESPONSE_KEYS = ("response", "chosen", "rejected")
 
 
-def score_file(checkpoint: Path, path: Path, users: Sequence[str] | None) -> list[dict[str, Any]]:
+def score_file(checkpoint: Path, path: Path, users: str | Sequence[str] | None) -> list[dict[str, Any]]:
     """Scores of every response of a file for every user.
 
     Args:
         path: JSON lines with "prompt" and "response", or "chosen" and "rejected", or all of them. Where training had
             users' texts in prompts, a line without "user_text" stands behind each known user's own.
-        users: known users or "generic"; None: all that the model knows, or the generic one if it knows none.
+        users: as `known_users` takes them: known users or "generic"; None: all that the model knows.
     Returns: for each line and user {"line", "pair_id" if there is one, "user_id", and a score for each response under
         its own key}. Scores of one user and prompt compare; their level means nothing.
     Raises: CheckpointError: not a reward model. DataError: an unknown user, or a line without a response or too long.

@@ -19,7 +19,7 @@ from prlhf.generation import SamplingOptions, generate
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
 
-GENERIC = "generic"
+GENERIC, ALL = "generic", "all"  # what --users takes beside ids
 REFERENCE_SEED_OFFSET = 1
 
 
@@ -85,14 +85,18 @@ def sample_answers(
     return score([(user, prompt, answer) for (user, prompt), answer in zip(pairs, answers, strict=True)])
 
 
-def known_users(model: PersonalizedModel, asked: Sequence[str] | None) -> list[str]:
+def known_users(model: PersonalizedModel, asked: str | Sequence[str] | None) -> list[str]:
     """Ids to answer, each once: those asked for, else all that the model knows, else "generic".
 
+    Args:
+        asked: ids; None: all. One text, as on the command line, is "all", a known id, or several with commas between.
     Raises: DataError: each id that is neither known nor "generic".
     """
     known = model.users if model.user_encoder is not None and model.users is not None else UserIndex(())
-    if asked is None:
+    if asked is None or asked == ALL:
         return list(known.user_ids) or [GENERIC]
+    if isinstance(asked, str):
+        asked = [asked] if asked in known else asked.split(",")
     messages = []
     for user in asked:
         if user != GENERIC and user not in known:

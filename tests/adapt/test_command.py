@@ -161,8 +161,9 @@ def test_bad_input_is_one_line_each_and_nothing_is_written(run: Run) -> None:
     other_user = write_jsonl(run.folder / "fay.jsonl", [_pair("tea", "fay")])
     [stranger] = run.refused("adapt", checkpoint, "--user", "dora", "--held-out", other_user, "--out", out)
     assert "'fay'" in stranger
-    [reserved] = run.refused("adapt", checkpoint, "--user", "generic", "--out", out)
-    assert "generic user" in reserved
+    for word, meaning in (("generic", "the generic user"), ("all", "all users")):
+        [reserved] = run.refused("adapt", checkpoint, "--user", word, "--out", out)
+        assert meaning in reserved and "choose another id" in reserved
     assert not out.exists()
     out.mkdir()
     (out / "mine").touch()

@@ -20,6 +20,7 @@ from prlhf.evaluation.samples import (
     Sample,
     judge_generations,
     judge_samples,
+    known_users,
     sample_answers,
     score_under_reference,
     text_quality,
@@ -28,6 +29,7 @@ from prlhf.evaluation.samples import (
     words_per_user,
 )
 from prlhf.generation import SamplingOptions
+from prlhf.models import PolicySpec, make_policy
 from tests.tiny_run import Tiny, perturbed_job
 
 SHORT, LONG, MIDDLING = ("word " * count for count in (5, 40, 27))  # P2A likes concise answers, P2B informative ones
@@ -116,6 +118,21 @@ def test_generic_is_0_and_known_users_count_from_1(job: Job, tiny: Tiny) -> None
     assert user_indices(job.model, ["bob", "generic", "ann"]) == [2, 0, 1]
     with pytest.raises(DataError, match="anne"):
         user_indices(job.model, ["anne"])
+
+
+@pytest.mark.parametrize(("asked", "expected"), [
+    ("all", ["ann", "Ng, bob", "-x"]),
+    (None, ["ann", "Ng, bob", "-x"]),
+    ("Ng, bob", ["Ng, bob"]),
+    ("-x,generic,ann,-x", ["-x", "generic", "ann"]),
+    (["Ng, bob", "ann"], ["Ng, bob", "ann"]),
+])
+def test_an_id_with_a_comma_is_asked_for_as_a_whole(asked: str | list[str] | None, expected: list[str]) -> None:
+    model = make_policy(PolicySpec("builtin:tiny", user_kind="individual"), ["ann", "Ng, bob", "-x"])
+    assert known_users(model, asked) == expected
+    with pytest.raises(DataError) as refusal:
+        known_users(model, "ann,Ng, bo")
+    assert len(refusal.value.messages) == 2
 
 
 def test_a_policy_without_users_has_no_indices(tiny: Tiny) -> None:
