@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prlhf.adapt.margins import Judgment
-from prlhf.data.jsonl import read_jsonl
+from prlhf.data.clean import unusable_reason
+from prlhf.data.jsonl import read_every_row
 from prlhf.data.labelled import pairs_from_labelled
 from prlhf.data.quoting import quote
 from prlhf.data.records import JudgedRow, LabelledRow, PreferenceRow, is_labelled, labelled_row, preference_row
@@ -16,8 +17,22 @@ from prlhf.errors import DataError
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
 
+Located = tuple[str, JudgedRow]  # "file:line", and its row
+REASONS = {
+    "empty_prompt": "the prompt is empty",
+    "empty_response": "a response is empty",
+    "equal_responses": "both responses are the same",
+    "equal_response_ids": "both responses are the same up to where data.max_tokens cuts them",
+    "prompt_too_long": "the prompt is beyond data.max_prompt_tokens and cannot be cut",
+    "no_room_for_response": "the prompt leaves no room for a response within data.max_tokens",
+}
+LONE_THUMB = (
+    "a reward model compares answers to one prompt, and a response has a thumb alone; give a pair, or a thumb for "
+    "another response to its prompt"
+)
 
-def read_feedback(path: Path, user_id: str | None) -> dict[str, list[JudgedRow]]:
+
+def read_feedback(path: Path, user_id: str | None) -> dict[str, list[Located]]:
     """Rows of each user of a file, in order of first appearance.
 
     A row is a pair {"prompt", "chosen", "rejected"}, a thumb {"prompt", "response", "label"}, or an edit
@@ -27,20 +42,17 @@ def read_feedback(path: Path, user_id: str | None) -> dict[str, list[JudgedRow]]
         user_id: whose rows those without "user_id" are; None where every row names its user.
     Raises: DataError: every bad line, or a row of another user than `user_id`.
     """
-    users: dict[str, list[JudgedRow]] = {}
-    wrong: list[str] = []
-    for number, record in read_jsonl(path):
-        where = f"{path}:{number}"
-        try:
-            row = _row({"user_id": user_id, **record}, where)
-        except DataError as error:
-            wrong += error.messages
-            continue
+
+    def parse(record: dict[str, Any], where: str) -> JudgedRow:
+        row = _row({"user_id": user_id, **record}, where)
         if user_id is not None and row.user_id != user_id:
-            wrong.append(f"{where}: a row of user {quote(row.user_id)}; leave --user out to add all users of the file")
-        users.setdefault(row.user_id, []).append(row)
-    if wrong:
-        raise DataError(*wrong)
+            raise DataError(f"{where}: a row of user {quote(row.user_id)}; leave --user out to add all users of the "
+                            "file")
+        return row
+
+    users: dict[str, list[Located]] = {}
+    for where, row in read_every_row(path, parse):
+        users.setdefault(row.user_id, []).append((where, row))
     return users
 
 
@@ -60,6 +72,32 @@ def feedback_pairs(rows: Sequence[JudgedRow]) -> list[PreferenceRow]:
     return [row for row in rows if isinstance(row, PreferenceRow)] + pairs_from_labelled(labelled)
 
 
+def check_usable(model: PersonalizedModel, users: Iterable[Sequence[Located]], **limits: Any) -> None:
+    """Refuse rows that a model cannot use: of one that reads pairs those that say nothing, else those of which no
+    judgment can be made.
+
+    Args:
+        users: the rows of each.
+        limits: of `make_judgments`.
+    Raises: DataError: a line for each row.
+    """
+    wrong = []
+    for located in users:
+        lone = _lone_thumbs([row for _, row in located])
+        for where, row in located:
+            if model.contexts is not None:
+                reason = unusable_reason(row) if model.contexts.kind == "history" else None
+            elif isinstance(row, LabelledRow) and row in lone and not isinstance(model, PersonalizedPolicy):
+                wrong.append(f"{where}: {LONE_THUMB}")
+                continue
+            else:
+                reason = next(iter(_tokenize(model, [row], **limits)[1]), None)
+            if reason is not None:
+                wrong.append(f"{where}: cannot be used, as {REASONS[reason]}; mend or remove the row")
+    if wrong:
+        raise DataError(*wrong)
+
+
 def make_judgments(
     model: PersonalizedModel,
     rows: Sequence[JudgedRow],
@@ -67,35 +105,43 @@ def make_judgments(
     max_tokens: int,
     max_prompt_tokens: int,
     with_user_text: bool = True,
-    source: str | None = None,
 ) -> list[Judgment]:
     """A user's rows as ids; thumbs that no pair holds stand alone.
 
     Args:
         max_tokens: for user tokens, prompt and response together.
         with_user_text: whether user texts stand in front of prompts.
-        source: what an error calls the rows; None: their user's.
     Raises: DataError: a row that cannot be used, or a thumb alone for a reward model, whose level means nothing.
     """
-    limits: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "max_prompt_tokens": max_prompt_tokens,
-        "num_user_tokens": model.soft_prompt.num_user_tokens,
-        "with_user_text": with_user_text,
-    }
-    pairs = feedback_pairs(rows)
-    compared = {(pair.prompt, response) for pair in pairs for response in pair.responses}
-    thumbs = [row for row in rows if isinstance(row, LabelledRow) and (row.prompt, row.response) not in compared]
+    pairs, thumbs = feedback_pairs(rows), _lone_thumbs(rows)
     if thumbs and not isinstance(model, PersonalizedPolicy):
-        raise DataError(f"user {quote(thumbs[0].user_id)}: a reward model compares answers to one prompt, and a "
-                        "response has a thumb alone; give a pair, or a thumb for another response to its prompt")
+        raise DataError(f"user {quote(thumbs[0].user_id)}: {LONE_THUMB}")
+    judgments, dropped = _tokenize(
+        model, [*pairs, *thumbs], max_tokens=max_tokens, max_prompt_tokens=max_prompt_tokens,
+        with_user_text=with_user_text,
+    )
+    if dropped:
+        raise DataError(f"user {quote(rows[0].user_id)}: rows that cannot be used ({dropped}); mend or remove them")
+    return judgments
+
+
+def _lone_thumbs(rows: Sequence[JudgedRow]) -> list[LabelledRow]:
+    """Thumbs whose response is in no pair."""
+    compared = {(pair.prompt, response) for pair in feedback_pairs(rows) for response in pair.responses}
+    return [row for row in rows if isinstance(row, LabelledRow) and (row.prompt, row.response) not in compared]
+
+
+def _tokenize(
+    model: PersonalizedModel, rows: Sequence[JudgedRow], **limits: Any
+) -> tuple[list[Judgment], dict[str, int]]:
+    """Judgments of pairs and then of thumbs, and reason -> number of the rows that give none."""
+    limits["num_user_tokens"] = model.soft_prompt.num_user_tokens
+    thumbs = [row for row in rows if isinstance(row, LabelledRow)]
+    pairs = [row for row in rows if isinstance(row, PreferenceRow)]
     of_pairs = tokenize_pairs(pairs, model.tokenizer, None, **limits)
     of_thumbs = tokenize_responses(thumbs, model.tokenizer, **limits)
-    dropped = {**of_pairs.dropped, **of_thumbs.dropped}
-    if dropped:
-        where = f"user {quote(rows[0].user_id)}" if source is None else source
-        raise DataError(f"{where}: rows that cannot be used ({dropped}); mend or remove them")
-    return [
+    judgments = [
         *(Judgment(row.prompt_ids, row.responses) for row in of_pairs.rows),
         *(Judgment(row.prompt_ids, (row.response_ids,), thumbs[row.row].label) for row in of_thumbs.rows),
     ]
+    return judgments, {**of_pairs.dropped, **of_thumbs.dropped}

@@ -5,22 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prlhf.adapt.add_users import check_new, write_with_users
 from prlhf.adapt.ask import choose_questions
-from prlhf.adapt.feedback import feedback_pairs, make_judgments, read_feedback
+from prlhf.adapt.feedback import check_usable, feedback_pairs, make_judgments, read_feedback
 from prlhf.adapt.fit import FittedUser, fit_judgments
 from prlhf.config import Config, load_config
 from prlhf.config_checks import REFERENCE_FREE_KINDS
-from prlhf.data.clean import unusable_reason
 from prlhf.data.context import UserFacts
-from prlhf.data.jsonl import read_jsonl
+from prlhf.data.jsonl import read_every_row
 from prlhf.data.quoting import quote
-from prlhf.data.records import JudgedRow, PreferenceRow, pair_content, preference_row
+from prlhf.data.records import JudgedRow, PreferenceRow, pair_content, preference_row, prompt_record
 from prlhf.engine.build import pick_device
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.errors import ConfigError, DataError
@@ -33,22 +31,25 @@ def add_new_users(args: argparse.Namespace) -> int:
     _check_arguments(args)
     directory = resolve_checkpoint(args.checkpoint)
     config = load_config(directory / CONFIG)
-    feedback = {} if args.feedback is None else read_feedback(args.feedback, args.user)
-    held_out = {} if args.held_out is None else read_feedback(args.held_out, args.user)
+    said = {} if args.feedback is None else read_feedback(args.feedback, args.user)
+    to_measure = {} if args.held_out is None else read_feedback(args.held_out, args.user)
+    pool = [] if args.pool is None else _read_pool(args.pool)
     if args.user is not None:
-        feedback.setdefault(args.user, [])
-    if args.out is not None and not feedback:
+        said.setdefault(args.user, [])
+    if args.out is not None and not said:
         raise DataError(f"{args.feedback}: holds no judgment; write one a line, or give --user ID for a generic user")
-    strangers = [user for user in held_out if user not in feedback]
+    strangers = [user for user in to_measure if user not in said]
     if strangers:
         raise DataError(*(f"{args.held_out}: user {quote(user)} is not a new user of --feedback" for user in strangers))
     if args.out is not None:
-        check_new(directory, list(feedback), args.out)
+        check_new(directory, list(said), args.out)
     model = load_model(directory, device=str(pick_device(config.train.device)))
     _check_model(model, directory, args)
-    pool = {} if args.pool is None else _read_pool(args.pool)
+    check_usable(model, [*said.values(), *to_measure.values(), pool], **judgment_limits(config))
+    feedback, held_out = ({user: [row for _, row in own] for user, own in part.items()} for part in (said, to_measure))
+    pairs = _distinct(row for _, row in pool)
     if args.ask is not None:
-        for question in _questions(model, config, feedback, pool, args):
+        for question in _questions(model, config, feedback, pairs, args):
             sys.stdout.write(json.dumps(question, ensure_ascii=False) + "\n")
     if args.out is None:
         return 0
@@ -61,7 +62,7 @@ def add_new_users(args: argparse.Namespace) -> int:
             read = {"text": own.text} if model.contexts.kind == "text" else {"pairs": len(own.pairs)}
             sys.stdout.write(json.dumps({"user_id": user, **read}) + "\n")
         return 0
-    fitted = _fit(model, config, feedback, held_out, pool, args)
+    fitted = _fit(model, config, feedback, held_out, pairs)
     write_with_users(directory, args.out, model, {user: one.state for user, one in fitted.items()}, {}, texts)
     for user, one in fitted.items():
         sys.stdout.write(json.dumps(_report(model, user, one)) + "\n")
@@ -98,34 +99,41 @@ def _check_model(model: PersonalizedModel, directory: Path, args: argparse.Names
         raise ConfigError(*(f"{name}: {reads}" for name in useless))
 
 
-def _read_pool(path: Path) -> dict[Any, tuple[dict[str, Any], PreferenceRow]]:
-    """Record and row of each distinct pair of a file, by what it holds, whichever of the two is called chosen."""
-    pool: dict[Any, tuple[dict[str, Any], PreferenceRow]] = {}
-    for number, record in read_jsonl(path):
-        row = preference_row({**record, "user_id": "-"}, f"{path}:{number}")
-        pool.setdefault(pair_content(row), (record, row))
-    return pool
+def _read_pool(path: Path) -> list[tuple[str, PreferenceRow]]:
+    """The pairs of a file, whoever judged them."""
+    return read_every_row(path, lambda record, where: preference_row({**record, "user_id": "-"}, where))
+
+
+def _distinct(pairs: Iterable[PreferenceRow]) -> list[PreferenceRow]:
+    """The first of each pair, whichever of the two is called chosen."""
+    distinct: dict[Any, PreferenceRow] = {}
+    for pair in pairs:
+        distinct.setdefault(pair_content(pair), pair)
+    return list(distinct.values())
 
 
 def _questions(
     model: PersonalizedModel,
     config: Config,
     feedback: Mapping[str, list[JudgedRow]],
-    pool: Mapping[Any, tuple[dict[str, Any], PreferenceRow]],
+    pool: Sequence[PreferenceRow],
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     if len(feedback) > 1:
         raise ConfigError(f"--ask: {args.feedback} has {len(feedback)} users; questions are for one")
     answered = {pair_content(pair) for own in feedback.values() for pair in feedback_pairs(own)}
-    questions = [question for content, question in pool.items() if content not in answered]
+    questions = [pair for pair in pool if pair_content(pair) not in answered]
     if not questions:
         raise DataError(f"{args.pool}: holds no pair that the user has not judged; give others")
-    records, rows = zip(*questions, strict=True)
     limits = judgment_limits(config)
     judgments = [judgment for own in feedback.values() for judgment in make_judgments(model, own, **limits)]
-    candidates = make_judgments(model, rows, **limits, source=str(args.pool))
+    candidates = make_judgments(model, questions, **limits)
     picked = choose_questions(model, judgments, candidates, args.ask, **likelihood(config))
-    return [records[i] for i in picked]
+    return [_question(questions[i]) for i in picked]
+
+
+def _question(pair: PreferenceRow) -> dict[str, Any]:
+    return {"prompt": prompt_record(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}
 
 
 def _fit(
@@ -133,13 +141,12 @@ def _fit(
     config: Config,
     feedback: Mapping[str, list[JudgedRow]],
     held_out: Mapping[str, list[JudgedRow]],
-    pool: Mapping[Any, tuple[dict[str, Any], PreferenceRow]],
-    args: argparse.Namespace,
+    pool: Sequence[PreferenceRow],
 ) -> dict[str, FittedUser]:
     limits = judgment_limits(config)
     judgments = [make_judgments(model, rows, **limits) for rows in feedback.values()]
     to_measure = [make_judgments(model, held_out.get(user, []), **limits) for user in feedback]
-    unjudged = make_judgments(model, [row for _, row in pool.values()], **limits, source=str(args.pool))
+    unjudged = make_judgments(model, pool, **limits)
     fitted = fit_judgments(model, judgments, to_measure, pool=unjudged, **likelihood(config))
     return dict(zip(feedback, fitted, strict=True))
 
@@ -172,11 +179,8 @@ def _facts(model: PersonalizedModel, feedback: Mapping[str, Sequence[JudgedRow]]
     for user, rows in feedback.items():
         text = texts.get(user, "")
         pairs = feedback_pairs(rows)
-        unusable = Counter(reason for pair in pairs if (reason := unusable_reason(pair)))
         if model.contexts.kind == "text" and not text:
             wrong.append(f"user {quote(user)}: no row has a user_text, which is what this model reads; add one")
-        elif model.contexts.kind == "history" and unusable:
-            wrong.append(f"user {quote(user)}: rows that cannot be used ({dict(unusable)}); mend or remove them")
         elif model.contexts.kind == "history" and rows and not pairs:
             wrong.append(f"user {quote(user)}: no pair, and this model reads pairs; add one, or a thumb for another "
                          "response to the same prompt")

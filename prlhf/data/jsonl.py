@@ -75,6 +75,26 @@ def read_rows(
     return rows
 
 
+def read_every_row(path: Path, parse: Callable[[dict[str, Any], str], T]) -> list[tuple[str, T]]:
+    """As `read_rows`, but the error tells of every bad row.
+
+    Raises: DataError: unreadable file, or a line for each bad row.
+    """
+    rows: list[tuple[str, T]] = []
+    wrong: list[str] = []
+    for number, outcome in _outcomes(path):
+        where = f"{path}:{number}"
+        try:
+            if isinstance(outcome, DataError):
+                raise outcome
+            rows.append((where, parse(outcome, where)))
+        except DataError as error:
+            wrong += error.messages
+    if wrong:
+        raise DataError(*wrong)
+    return rows
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The one object in a JSON file, as strictly as a line of read_jsonl.
 

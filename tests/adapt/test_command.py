@@ -139,6 +139,34 @@ def test_a_pair_is_asked_once_in_either_order_and_never_when_it_was_judged(run: 
     assert "no pair that the user has not judged" in line
 
 
+def test_every_bad_line_of_feedback_is_told_by_its_number(run: Run) -> None:
+    checkpoint, pair = _trained(run), _pair("tea")
+    good = [pair, {"prompt": "p", "response": "r", "label": True}]
+    broken = write_jsonl(run.folder / "broken.jsonl", [pair, {"prompt": "p"}, _pair("rain", "fay")])
+    broken.write_text(broken.read_text() + "3\n{\n" + json.dumps(pair) + "\n")
+    unusable = write_jsonl(run.folder / "unusable.jsonl", [
+        *good,
+        {**pair, "chosen": " "},
+        {"prompt": "p", "response": "", "label": False},
+        {**pair, "rejected": pair["chosen"]},
+        {**pair, "prompt": ""},
+    ])
+    numbers = {broken: [2, 3, 4, 5], unusable: [3, 4, 5, 6]}
+    more = write_jsonl(run.folder / "good.jsonl", good)
+    for path, expected in numbers.items():
+        for files in (("--feedback", path), ("--feedback", more, "--held-out", path)):
+            lines = run.refused("adapt", checkpoint, "--user", "dora", *files, "--out", run.folder / "out")
+            assert [line.split(": ")[0] for line in lines] == [f"{path}:{number}" for number in expected]
+    assert "dora" not in "".join(lines)
+    assert run.train(eval__generate=0, eval__few_shot=0, user__kind="history", name="reader")[0] == 0
+    arguments = ("--user", "dora", "--feedback", unusable, "--out", run.folder / "out")
+    lines = run.refused("adapt", run.runs / "reader", *arguments)
+    assert [line.split(": ")[0] for line in lines] == [f"{unusable}:{number}" for number in numbers[unusable]]
+    assert run.train(eval__generate=0, eval__few_shot=0, method="prm", name="reward")[0] == 0
+    [line] = run.refused("adapt", run.runs / "reward", *arguments[:3], more, *arguments[4:])
+    assert line.startswith(f"{more}:2: ") and "a thumb alone" in line
+
+
 def test_bad_input_is_one_line_each_and_nothing_is_written(run: Run) -> None:
     checkpoint = _trained(run)
     out = run.folder / "out"
@@ -155,7 +183,7 @@ def test_bad_input_is_one_line_each_and_nothing_is_written(run: Run) -> None:
     unusable = write_jsonl(run.folder / "unusable.jsonl", [{**_pair("tea"), **alike}])
     for rest in (("--ask", 3), ("--feedback", write_jsonl(run.folder / "eve.jsonl", [_pair("tea")]), "--out", out)):
         [line] = run.refused("adapt", checkpoint, "--user", "eve", "--pool", unusable, *rest)
-        assert line.startswith(f"{unusable}: rows that cannot be used")
+        assert line.startswith(f"{unusable}:1: cannot be used, as both responses are the same up to where")
     empty = write_jsonl(run.folder / "empty.jsonl", [])
     assert len(run.refused("adapt", checkpoint, "--feedback", empty, "--out", out)) == 1
     other_user = write_jsonl(run.folder / "fay.jsonl", [_pair("tea", "fay")])
