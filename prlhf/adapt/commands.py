@@ -11,7 +11,8 @@ def add_adapt_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `prlhf adapt`."""
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a run or checkpoint directory")
     parser.add_argument(
-        "--feedback", type=Path, metavar="F", help=".jsonl: chosen and rejected, or response and label, or edited"
+        "--feedback", type=Path, metavar="F",
+        help=".jsonl: chosen and rejected, or responses and choice, or response and label, or edited",
     )
     parser.add_argument(
         "--user", metavar="ID",
@@ -19,7 +20,10 @@ def add_adapt_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--held-out", type=Path, metavar="F", help="more of the same, to measure on")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the checkpoint with the new users appears")
-    parser.add_argument("--ask", type=int, metavar="N", help="choose the N pairs of --pool to ask the user about next")
+    parser.add_argument(
+        "--ask", type=int, metavar="N",
+        help="print the N pairs of --pool to ask the user about next; with 0 or 1 as choice they are lines of feedback",
+    )
     parser.add_argument(
         "--pool", type=Path, metavar="F",
         help=".jsonl: chosen and rejected, in either order; new users may then want the opposite of a known taste, too",

@@ -35,8 +35,9 @@ LONE_THUMB = (
 def read_feedback(path: Path, user_id: str | None) -> dict[str, list[Located]]:
     """Rows of each user of a file, in order of first appearance.
 
-    A row is a pair {"prompt", "chosen", "rejected"}, a thumb {"prompt", "response", "label"}, or an edit
-    {"prompt", "response", "edited"}, which prefers the edited response.
+    A row is a pair {"prompt", "chosen", "rejected"}, an answered question of --ask {"prompt", "responses": [a, b],
+    "choice": 0 or 1}, a thumb {"prompt", "response", "label"}, or an edit {"prompt", "response", "edited"}, which
+    prefers the edited response.
 
     Args:
         user_id: whose rows those without "user_id" are; None where every row names its user.
@@ -63,7 +64,19 @@ def _row(record: dict[str, Any], where: str) -> JudgedRow:
         if record["edited"] == record["response"]:
             raise DataError(f"{where}: the edited response is the response; remove the row")
         return preference_row({**record, "chosen": record["edited"], "rejected": record["response"]}, where)
+    if "responses" in record:
+        return _answer(record, where)
     return labelled_row(record, where) if is_labelled(record) else preference_row(record, where)
+
+
+def _answer(record: dict[str, Any], where: str) -> PreferenceRow:
+    responses, choice = record["responses"], record.get("choice")
+    if not isinstance(responses, list) or len(responses) != 2:
+        raise DataError(f"{where}: responses is {quote(responses)}, expected a list of two")
+    if type(choice) is not int or choice not in (0, 1):
+        raise DataError(f"{where}: choice is {quote(choice)}; write which of the two responses is the better one, "
+                        "0 for the first, 1 for the second")
+    return preference_row({**record, "chosen": responses[choice], "rejected": responses[1 - choice]}, where)
 
 
 def feedback_pairs(rows: Sequence[JudgedRow]) -> list[PreferenceRow]:

@@ -18,7 +18,7 @@ from prlhf.config_checks import REFERENCE_FREE_KINDS
 from prlhf.data.context import UserFacts
 from prlhf.data.jsonl import read_every_row
 from prlhf.data.quoting import quote
-from prlhf.data.records import JudgedRow, PreferenceRow, pair_content, preference_row, prompt_record
+from prlhf.data.records import JudgedRow, PreferenceRow, make_pair_id, pair_content, preference_row, prompt_record
 from prlhf.engine.build import pick_device
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.errors import ConfigError, DataError
@@ -133,7 +133,11 @@ def _questions(
 
 
 def _question(pair: PreferenceRow) -> dict[str, Any]:
-    return {"prompt": prompt_record(pair.prompt), "chosen": pair.chosen, "rejected": pair.rejected}
+    """A line of feedback that waits for its choice: nothing of who judged the pair, nor, by its order, of how."""
+    responses = sorted(pair.responses)
+    if int(make_pair_id(pair.prompt, *responses), 16) % 2:  # as good as drawn, and the same whichever was preferred
+        responses.reverse()
+    return {"prompt": prompt_record(pair.prompt), "responses": responses, "choice": None}
 
 
 def _fit(

@@ -100,16 +100,57 @@ def test_an_encoder_reads_a_new_users_pairs_from_the_new_checkpoint(run: Run) ->
     assert policy.users.index("dora") == 3  # type: ignore[union-attr]
 
 
+def _asked(printed: str) -> list[tuple[str, frozenset[str]]]:
+    """What is asked, by content, the best question first; nothing else is said, and nothing answered."""
+    questions = [json.loads(line) for line in printed.splitlines()]
+    assert all(list(question) == ["prompt", "responses", "choice"] for question in questions)
+    assert all(question["choice"] is None for question in questions)
+    return [(question["prompt"], frozenset(question["responses"])) for question in questions]
+
+
+def _content(pair: dict[str, object]) -> tuple[object, frozenset[object]]:
+    return pair["prompt"], frozenset((pair["chosen"], pair["rejected"]))
+
+
 def test_questions_come_from_the_pool_and_write_nothing(run: Run) -> None:
     checkpoint = _trained(run)
-    pool = [_pair(thing) for thing in EVAL_THINGS]
+    pool = [_pair(thing, "ann") for thing in EVAL_THINGS]
     path = write_jsonl(run.folder / "pool.jsonl", pool)
     code, printed, _ = run("adapt", checkpoint, "--user", "dora", "--ask", 2, "--pool", path)
-    asked = [json.loads(line) for line in printed.splitlines()]
+    asked = _asked(printed)
     assert code == 0
-    assert len(asked) == 2
-    assert asked[0] != asked[1]
-    assert all(question in pool for question in asked)
+    assert len(asked) == len(set(asked)) == 2
+    assert set(asked) <= {_content(pair) for pair in pool}
+
+
+def test_questions_do_not_say_who_judged_them_nor_how_and_become_feedback_by_their_choice(run: Run) -> None:
+    checkpoint, things = _trained(run), [f"thing {i}" for i in range(40)]
+    records = [{**_pair(thing, "ann"), "pair_id": thing, "user_text": "I am ann."} for thing in things]
+    turned = [{**r, "chosen": r["rejected"], "rejected": r["chosen"], "user_id": "bob"} for r in records]
+    printed = []
+    for name, pool in (("one", records), ("other", turned)):
+        path = write_jsonl(run.folder / f"{name}.jsonl", pool)
+        printed.append(run("adapt", checkpoint, "--user", "dora", "--ask", 40, "--pool", path)[1])
+    orders = [{q["prompt"]: q["responses"] for q in map(json.loads, text.splitlines())} for text in printed]
+    assert orders[0] == orders[1], "the order is the same whoever preferred what"
+    first = [orders[0][record["prompt"]][0] == record["chosen"] for record in records]
+    assert 10 <= sum(first) <= 30, "and says nothing of it"
+    answered = [{**json.loads(line), "choice": int("It is" in json.loads(line)["responses"][1])}
+                for line in printed[0].splitlines()]
+    answers = write_jsonl(run.folder / "answers.jsonl", answered)
+    pairs = [{"prompt": a["prompt"], "chosen": a["responses"][a["choice"]],
+              "rejected": a["responses"][1 - a["choice"]]} for a in answered]
+    same = write_jsonl(run.folder / "pairs.jsonl", pairs)
+    reports = [run("adapt", checkpoint, "--user", "dora", "--feedback", path, "--out", run.folder / f"{path.stem}_out")
+               for path in (answers, same)]
+    assert [code for code, _, _ in reports] == [0, 0]
+    assert reports[0][1] == reports[1][1] and json.loads(reports[0][1])["judgments"] == 40
+    waiting = [answered[0], {**answered[1], "choice": None}, {**answered[2], "choice": True},
+               {**answered[3], "responses": ["a"]}, {**answered[4], "choice": 2}]
+    path = write_jsonl(run.folder / "waiting.jsonl", waiting)
+    lines = run.refused("adapt", checkpoint, "--user", "dora", "--feedback", path, "--out", run.folder / "out")
+    assert [line.split(": ")[0] for line in lines] == [f"{path}:{number}" for number in (2, 3, 4, 5)]
+    assert "0 for the first, 1 for the second" in lines[0]
 
 
 def test_a_pool_goes_with_the_fit_and_is_no_use_to_an_encoder(run: Run) -> None:
@@ -132,8 +173,8 @@ def test_a_pair_is_asked_once_in_either_order_and_never_when_it_was_judged(run: 
     judged = write_jsonl(run.folder / "judged.jsonl", [second])
     code, printed, _ = run("adapt", checkpoint, "--user", "eve", "--feedback", judged, "--ask", 4, "--pool", pool)
     assert code == 0
-    asked = [json.loads(line) for line in printed.splitlines()]
-    assert sorted(asked, key=str) == sorted([first, third], key=str)
+    assert len(_asked(printed)) == 2
+    assert set(_asked(printed)) == {_content(first), _content(third)}
     judged = write_jsonl(run.folder / "judged.jsonl", [first, second, third])
     [line] = run.refused("adapt", checkpoint, "--user", "eve", "--feedback", judged, "--ask", 4, "--pool", pool)
     assert "no pair that the user has not judged" in line
