@@ -294,7 +294,7 @@ def _load_to_answer(checkpoint: Path) -> tuple[Any, dict[str, Any]]:
 
     directory = resolve_checkpoint(checkpoint)
     config = load_config(directory / CONFIG)
-    policy = load_policy(directory, device=str(pick_device(config.train.device)))
+    policy = load_policy(directory, device=str(pick_device(config.train.device)), rows_on_demand=True)
     return policy, {"max_prompt_tokens": config.data.max_prompt_tokens}
 
 

@@ -43,7 +43,7 @@ def add_new_users(args: argparse.Namespace) -> int:
         raise DataError(*(f"{args.held_out}: user {quote(user)} is not a new user of --feedback" for user in strangers))
     if args.out is not None:
         check_new(directory, list(said), args.out)
-    model = load_model(directory, device=str(pick_device(config.train.device)))
+    model = load_model(directory, device=str(pick_device(config.train.device)), rows_on_demand=True)
     _check_model(model, directory, args)
     check_usable(model, [*said.values(), *to_measure.values(), pool], **judgment_limits(config))
     feedback, held_out = ({user: [row for _, row in own] for user, own in part.items()} for part in (said, to_measure))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from prlhf.data.records import GENERIC_USER_ID
 from prlhf.usermodel import UserModel
+from prlhf.usermodel.base import gather_rows
 
 MAX_KNOWN = 32
+MAX_USERS = 1000  # trained users that the Gaussian is made from
+MAX_LOOKED_AT = 16 * MAX_USERS  # until so many are found: of a large table many were never trained
 REST_SHARE = 0.5  # far less keeps new tastes in the span of the known ones, which holds no more tastes than those
 
 
@@ -65,11 +69,23 @@ def make_prior(states: Tensor, generic: Tensor, *, rest_share: float) -> Gaussia
     everyone = torch.cat([generic[None], states]).double()
     mean = everyone.mean(dim=0)
     deviations = everyone - mean
-    _, scales, directions = torch.linalg.svd(deviations, full_matrices=False)
-    variances = scales**2 / max(1, len(everyone) - 1)
+    squares, directions = _principal_axes(deviations)
+    variances = squares / max(1, len(everyone) - 1)
     kept = variances > 1e-9 * variances.max().clamp(min=1e-12)
-    total = float(variances.sum()) or 1.0
-    return GaussianPrior(mean, directions[kept].T, variances[kept], rest_share * total)
+    total = float(variances[kept].sum()) or 1.0
+    return GaussianPrior(mean, directions[:, kept], variances[kept], rest_share * total)
+
+
+def _principal_axes(deviations: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values (R,) of (U, S), and right singular vectors (S, R) of those that are not 0.
+
+    By the smaller of the two Gram matrices: R = min(U, S).
+    """
+    if len(deviations) >= deviations.shape[1]:
+        squares, directions = torch.linalg.eigh(deviations.T @ deviations)
+        return squares, directions
+    squares, combinations = torch.linalg.eigh(deviations @ deviations.T)
+    return squares, deviations.T @ combinations / squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 
 
 @dataclass(frozen=True)
@@ -89,32 +105,42 @@ class Population:
 
 
 def make_population(user_model: UserModel, *, rest_share: float = REST_SHARE) -> Population:
-    """The population of a trained user model; of many users the Gaussian knows all, the known states a few.
+    """The population of a trained user model; of many users the Gaussian knows a sample, the known states a few of it.
 
     Users with one and the same state count once, and those with the generic one not at all: who was found to be like a
-    known user has that user's row.
+    known user has that user's row. Of more than MAX_USERS users as many are drawn, always the same; no other row is
+    read.
 
     Raises: ValueError: a model without rows of users.
     """
     generic = user_model.generic_state.detach().flatten().double().cpu()
-    rows = user_model.table.detach()[len(user_model.table) - user_model.num_users :].flatten(1).double().cpu()
-    places = _distinct(rows, generic)
-    rows = rows[places]
+    rows, users = _sample(user_model, generic)
     picked = _spread(rows, MAX_KNOWN)
     states = torch.cat([generic[None], rows[picked]])
-    ids = (GENERIC_USER_ID, *(places[i] + 1 for i in picked))
+    ids = (GENERIC_USER_ID, *(users[i] for i in picked))
     return Population(states, ids, make_prior(rows, generic, rest_share=rest_share), len(states))
 
 
-def _distinct(rows: Tensor, generic: Tensor) -> list[int]:
-    """The first row of each state that is not the generic one's."""
-    seen = {generic.numpy().tobytes()}
-    places = []
-    for place, row in enumerate(rows.numpy()):
-        if (state := row.tobytes()) not in seen:
-            seen.add(state)
-            places.append(place)
-    return places
+@torch.no_grad()
+def _sample(user_model: UserModel, generic: Tensor) -> tuple[Tensor, list[int]]:
+    """Different states (N, S) of at most MAX_USERS trained users, and the users' indices, ascending."""
+    table, count = user_model.table, user_model.num_users
+    order = np.arange(count)
+    if count > MAX_USERS:
+        order = np.random.default_rng(0).choice(count, min(count, MAX_LOOKED_AT), replace=False)
+    seen, found = {generic.numpy().tobytes()}, dict[int, Tensor]()
+    for start in range(0, len(order), MAX_USERS):
+        part = torch.from_numpy(order[start : start + MAX_USERS])
+        rows = gather_rows(table, (part + len(table) - count).to(table.device)).flatten(1).double().cpu()
+        for user, row in zip((part + 1).tolist(), rows, strict=True):
+            state = row.numpy().tobytes()
+            if state not in seen and len(found) < MAX_USERS:
+                seen.add(state)
+                found[user] = row
+        if len(found) == MAX_USERS:
+            break
+    users = sorted(found)
+    return torch.stack([found[user] for user in users]) if users else generic.new_zeros(0, len(generic)), users
 
 
 def _spread(rows: Tensor, most: int) -> list[int]:

@@ -28,13 +28,14 @@ from prlhf.models.backbone import (
 )
 from prlhf.models.head import find_head
 from prlhf.models.lora import PEFT_PREFIX, add_lora_, lora_state_dict
+from prlhf.models.misfits import find_misfits
 from prlhf.models.packing import Packing, set_up_packing_
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
 from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts, embed_texts
 from prlhf.models.tensor_files import StoredTensors
-from prlhf.models.user_rows import STORE, read_rows_, table_of_store
+from prlhf.models.user_rows import SHARDS, STORE, read_on_demand_, read_rows_, table_of_store
 from prlhf.models.weights_hash import hash_weights, state_of_files
 from prlhf.sharding import local_part, own_rows
 from prlhf.usermodel import (
@@ -245,11 +246,13 @@ def trained_tensors(model: PersonalizedModel, *, lora: bool) -> dict[str, Tensor
 
 
 @torch.no_grad()
-def load_trained_(policy: PersonalizedModel, directory: Path, *, lora: bool) -> None:
+def load_trained_(policy: PersonalizedModel, directory: Path, *, lora: bool, rows_on_demand: bool = False) -> None:
     """Fill a policy made from the same spec with a checkpoint's tensors; all of them or none.
 
     Where its tensors are sharded, every rank calls this and reads the rows that it holds.
 
+    Args:
+        rows_on_demand: leave users' rows in their store, if they have one, until they are asked for.
     Raises: CheckpointError: missing, unexpected, misshapen or non-finite tensors, by name.
     """
     files = {directory / TRAINABLE: trained_tensors(policy, lora=lora)}
@@ -259,7 +262,7 @@ def load_trained_(policy: PersonalizedModel, directory: Path, *, lora: bool) -> 
     stored = table_of_store(directory, policy.user_encoder)
     if stored is not None:
         del files[directory / USERS][stored[0]]
-    wrong = [f"{path}: {line}" for path in files for line in _misfits(files[path], states[path].kinds)]
+    wrong = [f"{path}: {line}" for path in files for line in find_misfits(files[path], states[path].kinds)]
     if wrong:
         raise CheckpointError(*wrong)
     rows = {path: {name: own_rows(tensor) for name, tensor in tensors.items()} for path, tensors in files.items()}
@@ -270,62 +273,57 @@ def load_trained_(policy: PersonalizedModel, directory: Path, *, lora: bool) -> 
             local_part(tensor).copy_(states[path].read(name, rows[path][name]))
     if stored is not None and policy.users is not None:
         zero_(stored[1])
-        read_rows_(directory / STORE, stored[1].detach(), policy.users)
+        if rows_on_demand:
+            read_on_demand_(directory / STORE, stored[1], policy.users)
+        else:
+            read_rows_(directory / STORE, stored[1].detach(), policy.users)
 
 
-def _misfits(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    """What keeps a state, whose values do not matter here, from filling the tensors, a line each."""
-    missing = [f"{name}: missing; use another checkpoint" for name in sorted(expected.keys() - state.keys())]
-    unexpected = [f"{name}: unexpected; use another checkpoint" for name in sorted(state.keys() - expected.keys())]
-    other_kind = [
-        f"{name}: got {_kind(state[name])}, expected {_kind(expected[name])}; use another checkpoint"
-        for name in sorted(expected.keys() & state.keys())
-        if _kind(state[name]) != _kind(expected[name])
-    ]
-    return missing + unexpected + other_kind
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def load_policy(checkpoint_dir: str | Path, *, device: str = "cpu") -> PersonalizedPolicy:
+def load_policy(
+    checkpoint_dir: str | Path, *, device: str = "cpu", rows_on_demand: bool = False
+) -> PersonalizedPolicy:
     """The trained policy of a checkpoint directory (or the newest one of a run directory), ready to score and answer.
 
     The tokenizer is the checkpoint's own, so that a change of the backbone's leaves the policy as it was trained.
 
+    Args:
+        rows_on_demand: see `load_model`.
     Raises: CheckpointError: damaged, trained on another base model, or a reward model. ModelError: the backbone cannot
         be loaded.
     """
-    model = load_model(checkpoint_dir, device=device)
+    model = load_model(checkpoint_dir, device=device, rows_on_demand=rows_on_demand)
     if isinstance(model, PersonalizedPolicy):
         return model
     raise CheckpointError(f"{checkpoint_dir}: holds a reward model, which scores and cannot answer; give a policy")
 
 
-def load_reward_model(checkpoint_dir: str | Path, *, device: str = "cpu") -> PersonalizedRewardModel:
+def load_reward_model(
+    checkpoint_dir: str | Path, *, device: str = "cpu", rows_on_demand: bool = False
+) -> PersonalizedRewardModel:
     """The trained reward model of a checkpoint or run directory; see `load_policy`.
 
     Raises: CheckpointError: damaged, trained on another base model, or a policy. ModelError: the backbone cannot be
         loaded.
     """
-    model = load_model(checkpoint_dir, device=device)
+    model = load_model(checkpoint_dir, device=device, rows_on_demand=rows_on_demand)
     if isinstance(model, PersonalizedRewardModel):
         return model
     raise CheckpointError(f"{checkpoint_dir}: holds a policy; give a run of method rm or prm")
 
 
 def load_model(
-    checkpoint_dir: str | Path, *, device: str = "cpu", packing: bool = True
+    checkpoint_dir: str | Path, *, device: str = "cpu", packing: bool = True, rows_on_demand: bool = False
 ) -> PersonalizedPolicy | PersonalizedRewardModel:
     """The policy or reward model of a checkpoint or run directory, by its method; see `load_policy`.
 
     Args:
         packing: False pads rows even where the backbone can read packed ones.
+        rows_on_demand: users' rows that are in a store stay there until a user is asked for, and are checked then; the
+            user model's parameter is not to be read directly.
     Raises: CheckpointError: damaged, or trained on another base model. ModelError: the backbone cannot be loaded.
     """
     directory = resolve_checkpoint(Path(checkpoint_dir))
-    damage = find_damage(directory)
+    damage = find_damage(directory, by_size=SHARDS if rows_on_demand else None)
     if damage:
         raise CheckpointError(*(f"{line}; use another checkpoint" for line in damage))
     state = read_json(directory / STATE)
@@ -343,7 +341,7 @@ def load_model(
         model.packing = None
     if isinstance(model, PersonalizedPolicy) and spec.lora_rank is None:
         model.reference = Reference(model, frozen_copy=True)
-    load_trained_(model, directory, lora=spec.lora_rank is not None)
+    load_trained_(model, directory, lora=spec.lora_rank is not None, rows_on_demand=rows_on_demand)
     if (directory / USER_TEXTS).is_file():
         model.user_texts = read_json(directory / USER_TEXTS)
     if model.contexts is not None:

@@ -16,6 +16,7 @@ from prlhf.usermodel.row_table import RowTable, lazy_zeros
 from prlhf.usermodel.store import LOCK, RowField, UserStore
 
 STORE = "users"
+SHARDS = f"{STORE}/rows-*.bin"  # whose rows have checksums of their own
 STORE_FROM_BYTES = 2**30 // 3  # of a table: with its two moments a GiB of each checkpoint
 CHUNK = 1024
 VERSIONS = 2  # rows in a run's store, older ones among them, for each of its users; beyond, it is made anew
@@ -145,18 +146,51 @@ def read_rows_(directory: Path, table: Tensor, users: UserIndex, field: str = "r
     Raises: CheckpointError: damage, rows of another shape or not finite, or a user whom the checkpoint does not know.
     """
     with UserStore.open(directory) as store:
-        expected = RowField(tuple(table.shape[1:]), table.dtype)
-        if store.fields.get(field) != expected:
-            raise CheckpointError(
-                f"{directory}: {field}: got {store.fields.get(field)}, expected {expected}; use another checkpoint"
-            )
+        _check_field(store, table, field)
         for user_ids in _chunks(list(store)):
             if unknown := [user_id for user_id in user_ids if user_id not in users]:
                 raise CheckpointError(f"{directory}: user {unknown[0]!r} is not in users.json; use another checkpoint")
-            values = store.read(user_ids, field)
-            if not torch.isfinite(values).all():
-                raise CheckpointError(f"{directory}: {field}: not finite; use another checkpoint")
-            table[[users.index(user_id) - 1 for user_id in user_ids]] = values.to(table.device)
+            _copy_rows_(store, table, [users.index(user_id) - 1 for user_id in user_ids], user_ids, field)
+
+
+def read_on_demand_(directory: Path, table: RowTable, users: UserIndex) -> None:
+    """Leave the rows of a store there; each is read, and checked, when it is first gathered.
+
+    The table itself holds zeros for users nobody gathered, so it is to be read by `gather_rows` alone.
+
+    Raises: CheckpointError: rows of another shape; later, damage, or a store that is there no more.
+    """
+    with UserStore.open(directory) as store:
+        _check_field(store, table, "row")
+    there: set[int] = set()
+
+    def bring(rows: Tensor) -> None:
+        missing = [row for row in dict.fromkeys(rows.tolist()) if row not in there]
+        if missing:
+            with UserStore.open(directory) as store:
+                for chunk in _chunks(missing):
+                    stored = [row for row in chunk if users.user_ids[row] in store]
+                    _copy_rows_(store, table.data, stored, [users.user_ids[row] for row in stored], "row")
+                    there.update(chunk)
+
+    table.bring = bring
+
+
+def _check_field(store: UserStore, table: Tensor, field: str) -> None:
+    expected = RowField(tuple(table.shape[1:]), table.dtype)
+    if store.fields.get(field) != expected:
+        got = store.fields.get(field)
+        raise CheckpointError(f"{store.directory}: {field}: got {got}, expected {expected}; use another checkpoint")
+
+
+def _copy_rows_(store: UserStore, table: Tensor, rows: Sequence[int], user_ids: Sequence[str], field: str) -> None:
+    """Fill rows of a table with what a store holds of these users, in the same order."""
+    if not rows:
+        return
+    values = store.read(user_ids, field)
+    if not torch.isfinite(values).all():
+        raise CheckpointError(f"{store.directory}: {field}: not finite; use another checkpoint")
+    table[list(rows)] = values.to(table.device)
 
 
 def empty_moments(table: Tensor) -> dict[str, Tensor]:

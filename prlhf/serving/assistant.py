@@ -23,7 +23,7 @@ class Assistant:
 
     def __init__(self, path: str | Path, *, device: str = "cpu") -> None:
         directory = resolve_checkpoint(Path(path))
-        self.policy = load_policy(directory, device=device)
+        self.policy = load_policy(directory, device=device, rows_on_demand=True)
         self._max_prompt_tokens = load_config(directory / CONFIG).data.max_prompt_tokens
 
     @property

@@ -146,10 +146,12 @@ def check_initial(initial: Tensor, expected: Tensor) -> None:
 
 
 def gather_rows(table: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a table: (N, ...) and (B,) int64 give (B, ...); touches no other row.
+    """Rows of a table: (N, ...) and (B,) int64 give (B, ...); touches no other row, and brings those not read yet.
 
     Through `embedding`, because the gradient of `table[rows]` adds repeated rows in an order that depends on threads.
     """
     if isinstance(table, RowTable):
+        if table.bring is not None:
+            table.bring(rows)
         return GatherRows.apply(table, rows)
     return F.embedding(rows, table.flatten(1)).unflatten(1, table.shape[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ LARGE_TABLE_BYTES = 4 * 2**20
 
 
 class RowTable(nn.Parameter):
-    """A large table, whose gradient is sparse: a step costs what its rows cost, whatever the number of users."""
+    """A large table, whose gradient is sparse: a step costs what its rows cost, whatever the number of users.
+
+    Args:
+        bring: fills rows (B,) int64 before they are gathered, where they are not all there; None: they are.
+    """
+
+    bring: Callable[[Tensor], None] | None = None
 
 
 def make_table(*shape: int) -> nn.Parameter:

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from prlhf.adapt import Judgment, fit_judgments
 from prlhf.adapt import fit as fit_module
+from prlhf.adapt import population as population_module
 from prlhf.adapt.feedback import make_judgments
 from prlhf.adapt.margins import Margins
 from prlhf.adapt.new_users import likelihood
-from prlhf.adapt.population import _spread, make_population
+from prlhf.adapt.population import _spread, make_population, make_prior
 from prlhf.config import config_from_dict
 from prlhf.data.records import LabelledRow
 from prlhf.errors import DataError
@@ -226,6 +227,44 @@ def test_users_with_one_state_count_once_and_those_with_the_generic_one_not_at_a
     assert torch.equal(twice.states, once.states)
     assert twice.ids == (0, 1, 2, 5)
     torch.testing.assert_close(twice.prior.mean, once.prior.mean)
+
+
+@pytest.mark.parametrize(("num_rows", "size"), [(7, 20), (30, 5), (1, 4)])
+def test_the_gaussian_is_the_shrunk_covariance_of_the_states(num_rows: int, size: int) -> None:
+    """Along every direction, however many states there are."""
+    generator = torch.Generator().manual_seed(2)
+    states = torch.randn(num_rows, size, generator=generator, dtype=torch.float64)
+    prior = make_prior(states, torch.zeros(size).double(), rest_share=0.5)
+    everyone = torch.cat([torch.zeros(1, size).double(), states])
+    covariance = everyone.T.cov()
+    expected = covariance + 0.5 * covariance.trace() * torch.eye(size).double()
+    torch.testing.assert_close(prior.times_covariance(torch.eye(size).double()), expected)
+    torch.testing.assert_close(prior.stdev(), expected.diagonal().sqrt())
+    torch.testing.assert_close(prior.basis.T @ prior.basis, torch.eye(prior.basis.shape[1]).double())
+
+
+def test_of_many_users_a_sample_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Always the same thousand of those who were trained; rows of no more than a few thousand users are looked at."""
+    encoder = LowRankUserModel(num_users=60_000, num_user_tokens=2, dim=4, rank=3)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        encoder.weights[::4] = torch.randn(15_000, 3, generator=generator) + 1
+    looked_at: list[int] = []
+    gather = population_module.gather_rows
+
+    def counting(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        looked_at.extend(rows.tolist())
+        return gather(table, rows)
+
+    monkeypatch.setattr(population_module, "gather_rows", counting)
+    population = make_population(encoder)
+    assert len(set(looked_at)) == len(looked_at) < 6_000
+    assert population.num_known == 33
+    for user, state in zip(population.ids[1:], population.states[1:], strict=True):
+        assert (user - 1) % 4 == 0 and torch.equal(state, encoder.weights[user - 1].double())
+    # The mean of 1,000 numbers of variance 1 is within 5 of its standard deviations.
+    torch.testing.assert_close(population.prior.mean, torch.ones(3).double(), rtol=0, atol=5 * 1000**-0.5)
+    assert torch.equal(make_population(encoder).states, population.states)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import prlhf
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import Progress, find_checkpoint, load_checkpoint_
 from prlhf.engine.trainer import save_job
@@ -104,6 +105,49 @@ def test_a_store_of_rows_that_are_not_finite_is_refused(
     if field == "row":
         with pytest.raises(CheckpointError, match="users: row: not finite; use another checkpoint"):
             load_policy(directory)
+
+
+def test_of_a_store_only_users_who_are_asked_for_are_read(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once; whom nobody trained, of whom an id is kept alone, is the generic user. Damage is found on reading."""
+    for step in range(3):
+        step_of(job, step, job.optimizer, max_grad_norm=1.0)
+    directory = saved(job, tmp_path, 3)
+    everybody = load_policy(directory).known_prompts()
+    asked: list[str] = []
+    read = UserStore.read
+    monkeypatch.setattr(UserStore, "read", lambda store, ids, field="row": asked.extend(ids) or read(store, ids, field))
+    model = load_policy(directory, rows_on_demand=True)
+    encoder = model.user_encoder
+    assert encoder is not None and asked == []
+    with UserStore.open(directory / "users") as store:
+        trained = [USERS.index(user) + 1 for user in store]
+    rows = [trained[5], trained[2], trained[5], next(i for i in range(1, len(USERS)) if i not in trained)]
+    for _ in range(2):
+        assert torch.equal(encoder(torch.tensor(rows)), everybody[rows])
+    assert sorted(asked) == sorted(USERS[row - 1] for row in set(rows[:3]))
+    for shard in (directory / "users").glob("rows-*.bin"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    again = load_policy(directory, rows_on_demand=True)
+    with pytest.raises(CheckpointError, match="damaged; use another checkpoint"):
+        again.known_prompts()
+    with pytest.raises(CheckpointError, match="content changed"):
+        load_policy(directory)
+
+
+def test_an_assistant_reads_the_row_of_whom_it_answers_and_no_other(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_of(job, 0, job.optimizer, max_grad_norm=1.0)
+    directory = saved(job, tmp_path, 1)
+    with UserStore.open(directory / "users") as store:
+        user = list(store)[-1]
+    asked: list[str] = []
+    read = UserStore.read
+    monkeypatch.setattr(UserStore, "read", lambda store, ids, field="row": asked.extend(ids) or read(store, ids, field))
+    assert isinstance(prlhf.load(tmp_path).answer("Tea?", user, max_new_tokens=1), str)
+    assert asked == [user]
 
 
 @pytest.mark.parametrize(
