@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ from prlhf.data.quoting import quote
 from prlhf.data.records import UserIndex
 from prlhf.engine.tombstones import TOMBSTONES, find_forgotten, refuse_forgotten
 from prlhf.errors import DataError
+from prlhf.evaluation.run_files import FIGURES, figures_with_users
 from prlhf.evaluation.samples import ALL, GENERIC
 from prlhf.files import (
     MANIFEST,
@@ -86,6 +88,7 @@ def write_with_users(
     states: Mapping[str, Tensor],
     facts: Mapping[str, UserFacts],
     texts: Mapping[str, str] | None = None,
+    figures: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write a self-sufficient checkpoint directory, whole or not at all; unchanged files are hard-linked where it goes.
 
@@ -95,18 +98,20 @@ def write_with_users(
             into the store of a large table.
         facts: of an encoder's new users, who have no rows.
         texts: new user id -> what stands in front of the user's prompts.
+        figures: what is known of how well new users are served; see `kept_figures`.
     """
     assert model.users is not None
     out = out.resolve()
     with writing_directory(out) as temporary:
         table = STORE if (checkpoint / STORE).is_dir() else USERS
-        changed = {MANIFEST, USER_IDS}
+        changed = {MANIFEST, USER_IDS, FIGURES}
         changed.update(name for name, new in ((table, states), (CONTEXTS, facts), (USER_TEXTS, texts)) if new)
         for path in sorted(checkpoint.iterdir()):
             if path.name not in changed and not path.name.startswith((".", *NOT_TAKEN)):
                 link_or_copy(path, temporary / path.name)
         _bring_tombstones(checkpoint, temporary)
         write_json_atomic(temporary / USER_IDS, {"user_ids": [*model.users.user_ids, *(states or facts)]})
+        write_json_atomic(temporary / FIGURES, figures_with_users(checkpoint, figures))
         if facts:
             assert model.contexts is not None
             write_json_atomic(temporary / CONTEXTS, facts_record({**model.contexts.facts, **facts}))

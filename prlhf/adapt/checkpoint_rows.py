@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prlhf.adapt.scrub import scrub
 from prlhf.engine.checkpoint import OPTIMIZER
 from prlhf.engine.optim import ROW_TABLES
 from prlhf.engine.tombstones import TOMBSTONES
 from prlhf.errors import CheckpointError
+from prlhf.evaluation.run_files import FIGURES
 from prlhf.files import (
     MANIFEST,
     find_damage,
@@ -170,6 +172,8 @@ def _json_without(checkpoint: Path, user_id: str) -> dict[str, Any]:
     for name in (CONTEXTS, USER_TEXTS):
         if (checkpoint / name).is_file():
             values[name] = {user: own for user, own in read_json(checkpoint / name).items() if user != user_id}
+    if (checkpoint / FIGURES).is_file():
+        values[FIGURES] = scrub(read_json(checkpoint / FIGURES), user_id)[0]
     return values
 
 

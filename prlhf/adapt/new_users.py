@@ -57,15 +57,19 @@ def add_new_users(args: argparse.Namespace) -> int:
     texts = _last_texts(feedback) if config.data.user_text == "prompt" else {}
     if model.contexts is not None:
         facts = _facts(model, feedback)
-        write_with_users(directory, args.out, model, {}, facts, texts)
+        figures = [{"user_id": user, "judgments": len(own.pairs)} for user, own in facts.items() if own.pairs]
+        write_with_users(directory, args.out, model, {}, facts, texts, figures)
         for user, own in facts.items():
             read = {"text": own.text} if model.contexts.kind == "text" else {"pairs": len(own.pairs)}
             sys.stdout.write(json.dumps({"user_id": user, **read}) + "\n")
         return 0
     fitted = _fit(model, config, feedback, held_out, pairs)
-    write_with_users(directory, args.out, model, {user: one.state for user, one in fitted.items()}, {}, texts)
-    for user, one in fitted.items():
-        sys.stdout.write(json.dumps(_report(model, user, one)) + "\n")
+    reports = [_report(model, user, one) for user, one in fitted.items()]
+    # Whom a user is like, and so that one's id, is told and not kept.
+    figures = [{name: report[name] for name in report if name not in ("like", "opposite")} for report in reports]
+    states = {user: one.state for user, one in fitted.items()}
+    write_with_users(directory, args.out, model, states, {}, texts, figures)
+    sys.stdout.writelines(json.dumps(report) + "\n" for report in reports)
     return 0
 
 

@@ -13,6 +13,9 @@ from prlhf.evaluation.report import load_final
 from prlhf.files import read_json
 from prlhf.models.assemble import STATE
 
+FIGURES = "figures.json"  # of a checkpoint to which users were added
+BASE_PARTS = ("run", "step", "data", "accuracy", "per_user")
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -58,6 +61,30 @@ def final_beside(checkpoint: Path) -> dict[str, Any] | None:
     except DataError:
         return None
     return final if final.get("step") == read_json(checkpoint / STATE)["step"] else None
+
+
+def kept_figures(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint that `prlhf adapt` wrote keeps of figures; {} for others.
+
+    Returns: "base", the parts `BASE_PARTS` of the final evaluation of the run that users were added to and its "run",
+        or None where it had none; and "added", a record of each user added: "user_id", "judgments", "probability",
+        "leave_one_out", "held_out".
+    """
+    return read_json(checkpoint / FIGURES) if (checkpoint / FIGURES).is_file() else {}
+
+
+def base_figures(checkpoint: Path) -> dict[str, Any] | None:
+    """The final evaluation beside a checkpoint, or what an adapted one keeps of its base's, which has "run"."""
+    return final_beside(checkpoint) or kept_figures(checkpoint).get("base")
+
+
+def figures_with_users(checkpoint: Path, added: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a checkpoint made from this one keeps, with users added to it; see `kept_figures`."""
+    base = base_figures(checkpoint)
+    if base is not None:
+        home = checkpoint.resolve().parents[1].name
+        base = {"run": home, **{name: base[name] for name in BASE_PARTS if name in base}}
+    return {"base": base, "added": [*kept_figures(checkpoint).get("added", []), *added]}
 
 
 def _read_run(folder: Path, name: str) -> RunFiles:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prlhf.data.quoting import quote
 from prlhf.errors import DataError
-from prlhf.evaluation.run_files import final_beside
+from prlhf.evaluation.run_files import base_figures, kept_figures
 from prlhf.models import PersonalizedModel, load_model
 from prlhf.models.assemble import resolve_checkpoint
 from prlhf.usermodel import ClusterUserModel
@@ -30,6 +30,8 @@ class KnownUser:
         num_rows: of the evaluation.
         cluster: the one with the largest share, from 0; None for other user models.
         share: of that cluster.
+        judgments: what the user was added with by `prlhf adapt`; None for others, of whom nothing of this is known.
+        leave_one_out: share of these answered right by the fit without them.
     """
 
     user_id: str
@@ -38,6 +40,8 @@ class KnownUser:
     num_rows: int | None
     cluster: int | None
     share: float | None
+    judgments: int | None = None
+    leave_one_out: float | None = None
 
 
 class Neighbour(NamedTuple):
@@ -71,7 +75,8 @@ def load_users(checkpoint: Path) -> tuple[PersonalizedModel, list[KnownUser]]:
     model = load_model(directory)
     if model.user_encoder is None or not model.users:
         raise DataError(f"{directory}: this model has no users; give one of method pdpo or prm")
-    figures = (final_beside(directory) or {}).get("per_user", {})
+    figures = (base_figures(directory) or {}).get("per_user", {})
+    added = {own["user_id"]: own for own in kept_figures(directory).get("added", [])}
     members: list[tuple[int, float] | tuple[None, None]] = [(None, None)] * len(model.users)
     if isinstance(model.user_encoder, ClusterUserModel):
         with torch.no_grad():
@@ -79,10 +84,11 @@ def load_users(checkpoint: Path) -> tuple[PersonalizedModel, list[KnownUser]]:
         members = list(zip(largest.indices.tolist(), largest.values.tolist(), strict=True))
     users = []
     for user_id, (cluster, share) in zip(model.users.user_ids, members, strict=True):
-        own = figures.get(user_id, {})
+        own, fit = figures.get(user_id, {}), added.get(user_id, {})
         users.append(
             KnownUser(
-                user_id, own.get("accuracy"), own.get("generic_accuracy"), own.get("num_rows"), cluster, share
+                user_id, own.get("accuracy"), own.get("generic_accuracy"), own.get("num_rows"), cluster, share,
+                fit.get("judgments"), fit.get("leave_one_out"),
             )
         )
     return model, sorted(users, key=lambda user: 2.0 if user.accuracy is None else user.accuracy)
@@ -122,7 +128,7 @@ def compute_user_map(prompts: Tensor) -> UserMap:
 
 def format_users(users: Sequence[KnownUser]) -> str:
     """A table, a line a user."""
-    header = ["user", "accuracy", "as generic", "rows", "cluster"]
+    header = ["user", "accuracy", "as generic", "rows", "cluster", "judgments", "leave-one-out"]
     lines = [
         [
             printable(user.user_id),
@@ -130,6 +136,8 @@ def format_users(users: Sequence[KnownUser]) -> str:
             "" if user.generic_accuracy is None else f"{user.generic_accuracy:.3f}",
             "" if user.num_rows is None else str(user.num_rows),
             "" if user.cluster is None else f"{user.cluster} ({user.share:.2f})",
+            "" if user.judgments is None else str(user.judgments),
+            "" if user.leave_one_out is None else f"{user.leave_one_out:.3f}",
         ]
         for user in users
     ]
@@ -138,6 +146,19 @@ def format_users(users: Sequence[KnownUser]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(kept))]
     widths[0] = -widths[0]  # ids on the left, figures on the right
     return "".join("  ".join(_pad(cell, width) for cell, width in zip(row, widths, strict=True)) + "\n" for row in rows)
+
+
+def format_sources(checkpoint: Path) -> str:
+    """Where the figures of an adapted checkpoint's users come from, a line each; nothing for other checkpoints."""
+    kept = kept_figures(resolve_checkpoint(checkpoint))
+    lines = []
+    if kept.get("base"):
+        lines.append(f"accuracy, as generic, rows: of {printable(kept['base']['run'])} at step {kept['base']['step']}, "
+                     "before users were added")
+    if kept.get("added"):
+        lines.append("judgments, leave-one-out: what users were added with, and the share of it that the fit without "
+                     "it answers right")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _pad(cell: str, width: int) -> str:

@@ -46,7 +46,7 @@ def run_users(args: argparse.Namespace) -> int:
     Raises: ConfigError: a map by clusters of a model without any, a colour without a map, or matplotlib is missing.
         RunDirError: a map where no file can be.
     """
-    from prlhf.evaluation.users import format_neighbours, format_users, load_users, nearest_users
+    from prlhf.evaluation.users import format_neighbours, format_sources, format_users, load_users, nearest_users
     from prlhf.files import check_can_appear
 
     if args.map is not None:
@@ -59,7 +59,7 @@ def run_users(args: argparse.Namespace) -> int:
     if args.nearest is not None:
         sys.stdout.write(format_neighbours(args.nearest, nearest_users(model, args.nearest)))
     elif args.map is None:
-        sys.stdout.write(format_users(users))
+        sys.stdout.write(format_users(users) + format_sources(args.checkpoint))
     return 0
 
 

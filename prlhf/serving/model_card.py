@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prlhf.evaluation.run_files import final_beside
+from prlhf.evaluation.run_files import base_figures, kept_figures
 from prlhf.models import PersonalizedPolicy
 
 USES = {
@@ -58,7 +58,7 @@ def model_card(
     where = f"THIS FOLDER/{base}" if is_builtin else base
     use = USES[kind].format(base=where, dtype=spec["dtype"], rank=rank, name=run.name)
     place = _place(base, kind, is_builtin=is_builtin)
-    final = final_beside(checkpoint)
+    final, added = base_figures(checkpoint), kept_figures(checkpoint).get("added", [])
     front = {
         "license": "apache-2.0" if is_builtin else "other",
         **({} if is_builtin else {"base_model": json.dumps(spec["backbone"])}),
@@ -83,7 +83,7 @@ A language model that answers each of its users in that user's way, trained with
 
 ## Figures
 
-{_figures(state, final)}
+{_figures(state, final)}{_added(added)}
 
 ## Use
 
@@ -126,15 +126,17 @@ def _data(final: Mapping[str, Any] | None) -> str:
     if final is None or "data" not in final:
         return "Not known: no final evaluation of this step lies beside the checkpoint."
     data = final["data"]
-    return f"`{data['source']}`, {data['train_rows']} training rows."
+    of_base = f" of the run {final['run']}, to which users were added later" if "run" in final else ""
+    return f"`{data['source']}`, {data['train_rows']} training rows{of_base}."
 
 
 def _figures(state: Mapping[str, Any], final: Mapping[str, Any] | None) -> str:
     about = f"Method {state['method']}, step {state['step']}, {state['rows_seen']} rows seen."
     if final is None:
         return f"{about} No evaluation of this step lies beside the checkpoint."
+    base = f" The table is of the run {final['run']}, before users were added." if "run" in final else ""
     lines = [
-        about,
+        about + base,
         "",
         "| reward accuracy | mean | 95% interval | worst user | rows | users |",
         "|---|---:|---:|---:|---:|---:|",
@@ -147,6 +149,20 @@ def _figures(state: Mapping[str, Any], final: Mapping[str, Any] | None) -> str:
                 f"{block['num_rows']} | {block['num_users']} |"
             )
     return "\n".join(lines)
+
+
+def _added(added: Sequence[Mapping[str, Any]]) -> str:
+    """How well users are served who were added after training, all of them together."""
+    if not added:
+        return ""
+    rates = [own["leave_one_out"] for own in added if own.get("leave_one_out") is not None]
+    fits = f"""
+The share of a user's judgments that the fit without them answers right (leave-one-out) is {sum(rates) / len(rates):.3f}
+on average and {min(rates):.3f} at worst.""" if rates else ""
+    return f"""
+
+prlhf adapt added {len(added)} of the users after training, from {sum(own["judgments"] for own in added)} judgments in
+all; shared weights stayed as they were.{fits}"""
 
 
 def _layout(policy: PersonalizedPolicy) -> str:

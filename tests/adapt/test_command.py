@@ -49,6 +49,9 @@ def test_a_user_is_added_and_nobody_else_moves_by_a_bit(run: Run) -> None:
     assert torch.equal(new["generic"], old["generic"])
     assert torch.equal(new["offsets"][:2], old["offsets"])
     assert load_policy(out).users.user_ids == ("ann", "bob", "dora")  # type: ignore[union-attr]
+    kept = json.loads((out / "figures.json").read_text())
+    assert kept["added"] == [{name: report[name] for name in report if name not in ("like", "opposite")}]
+    assert set(kept["base"]["per_user"]) == {"ann", "bob"} and kept["base"]["run"] == "tiny"
     assert (out / "trainable.safetensors").samefile(checkpoint / "trainable.safetensors")
     assert run("adapt", out, "--user", "eve", "--out", run.folder / "with_eve")[0] == 0
     assert torch.equal(load_file(run.folder / "with_eve" / "users.safetensors")["offsets"][3], torch.zeros(3, 32))
