@@ -240,27 +240,30 @@ def draw_map(figure: Any, places: UserMap, users: Sequence[KnownUser], *, by_clu
             shown = axis.scatter(*points[known].T, s=36, c=[users[i].accuracy for i in known], cmap="cividis",
                                  edgecolors=GREY, linewidths=0.5)
             figure.colorbar(shown, label="accuracy")
-    axis.scatter(*places.generic.numpy(), s=140, marker="*", color="#000000", label="generic user")
-    axis.annotate("generic user", places.generic.numpy(), xytext=(8, 6), textcoords="offset points", fontsize=8)
+    # Below the users, of whom it would cover those who are like nobody else.
+    axis.scatter(*places.generic.numpy(), s=140, marker="*", color="#000000", label="generic user", zorder=0.9)
     axis.margins(0.12)
-    if len(users) <= MAX_LABELLED_USERS:
-        _name_points(axis, points, [shorten(user.user_id) for user in users])
     axis.set_xlabel(f"first component ({places.explained[0]:.0%} of the variance of the soft prompts)")
     axis.set_ylabel(f"second component ({places.explained[1]:.0%})")
     _legend(figure, [axis])
+    named, names = places.generic.numpy()[None], ["generic user"]
+    if len(users) <= MAX_LABELLED_USERS:
+        named, names = np.concatenate([points, named]), [*(shorten(user.user_id) for user in users), *names]
+    figure.draw_without_rendering()  # only now axes have their places
+    _name_points(axis, named, names)
 
 
 def _name_points(axis: Any, points: Any, names: Sequence[str]) -> None:
     """Names to the right of their points, from the lowest on; one that would lie on another is lifted, on a line."""
     in_points = axis.transData.transform(points) * 72 / axis.figure.dpi
-    placed: list[tuple[float, float]] = []
-    for i in np.argsort(in_points[:, 1]):
+    placed: list[tuple[float, float, float]] = []
+    for i in np.argsort(in_points[:, 1], kind="stable"):
         x, y = in_points[i]
-        height = y
-        for other_x, other_y in placed:
-            if abs(other_x - x) < 60 and height - other_y < 10:
-                height = other_y + 10
-        placed.append((x, height))
+        height, end = y, x + 12 + 5 * len(names[i])
+        for other_x, other_end, other_height in sorted(placed, key=lambda other: other[2]):
+            if x < other_end and other_x < end and abs(height - other_height) < 10:
+                height = other_height + 10
+        placed.append((x, end, height))
         axis.annotate(names[i], points[i], xytext=(9, height - y), textcoords="offset points", fontsize=8,
                       va="center", arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkB": 3})
 

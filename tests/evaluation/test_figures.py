@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from prlhf.evaluation.figure_data import Curve, Estimate, Level, UserFigures
 from prlhf.evaluation.figures import (
     COLOURS,
     MARKERS,
+    draw_map,
     draw_over_steps,
     draw_training,
     draw_users,
@@ -19,6 +21,7 @@ from prlhf.evaluation.figures import (
     to_svg,
 )
 from prlhf.evaluation.html_report import write_report
+from prlhf.evaluation.users import KnownUser, UserMap
 from tests.evaluation.runs import finished_run
 
 
@@ -35,6 +38,23 @@ def points(axis: Any) -> list[tuple[list[float], list[float]]]:
     """x and y of every marked series, without interval caps and rules."""
     lines = [line for line in axis.get_lines() if line.get_marker() in MARKERS and len(line.get_xdata())]
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in lines]
+
+
+@pytest.mark.parametrize("num_users", [6, 40])
+def test_no_name_on_the_map_lies_on_another_and_the_generic_star_below_the_users(num_users: int, figure: Any) -> None:
+    """Users in a heap, the first right on the generic one."""
+    around = 0.02 * torch.randn(num_users, 2, generator=torch.Generator().manual_seed(0))
+    around[0], around[1] = 0, torch.tensor([1.0, 1.0])
+    known = [KnownUser(f"user {i}", 0.9, 0.5, 4, None, None) for i in range(num_users)]
+    draw_map(figure, UserMap(around, torch.zeros(2), (0.6, 0.4)), known, by_cluster=False)
+    figure.draw_without_rendering()
+    extent = pytest.importorskip("matplotlib.text").Text.get_window_extent  # an annotation's own has its line, too
+    texts = {text.get_text(): extent(text).shrunk(0.99, 0.85) for text in figure.axes[0].texts}
+    assert texts.keys() == {"generic user", *(user.user_id for user in known)}
+    boxes = list(texts.values())
+    assert not [1 for i, box in enumerate(boxes) for other in boxes[:i] if box.overlaps(other)]
+    *others, star = figure.axes[0].collections
+    assert star.get_label() == "generic user" and all(star.get_zorder() < other.get_zorder() for other in others)
 
 
 def test_each_user_has_a_row_with_a_point_for_each_run(figure: Any) -> None:
@@ -89,7 +109,7 @@ def test_what_belongs_to_no_user_is_a_line_and_takes_no_name_from_a_user(figure:
 @pytest.mark.parametrize("count", [1, 2, 10, 40])
 def test_rows_leave_room_for_their_labels(figure: Any, count: int) -> None:
     draw_users(figure, [users("mine", {f"u{i}": 0.5 for i in range(count)})], xlabel="accuracy", share=True)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     boxes = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
     assert len(boxes) == count
     assert not any(first.overlaps(second) for first, second in zip(boxes, boxes[1:], strict=False))
