@@ -107,7 +107,10 @@ def make_prompt_embeds(model: Any, ids: Sequence[int], soft_prompt: Tensor | Non
 
 
 def load_model(folder: Path, *, adapter: bool = True) -> Any:
-    """The model of the folder, in the type it was trained in; without its adapter where embeddings are enough."""
+    """The model of the folder, in the type it was trained in; without its adapter where embeddings are enough.
+
+    Raises: SystemExit: the folder holds an adapter, and peft is not installed.
+    """
     dtype = getattr(torch, read_json(folder / ABOUT)["dtype"])
     config = folder / "adapter_config.json"
     if not config.is_file():
@@ -116,8 +119,11 @@ def load_model(folder: Path, *, adapter: bool = True) -> Any:
     inside = folder / base  # where the base came along; a whole path stays itself
     model: Any = AutoModelForCausalLM.from_pretrained(inside if inside.is_dir() else base, dtype=dtype)
     if adapter:
-        from peft import PeftModel
-
+        try:
+            from peft import PeftModel
+        except ModuleNotFoundError as error:
+            raise SystemExit(f"this folder holds an adapter, and {error.name} is not installed, which reads it; "
+                             "pip install peft, or export with --format merged") from None
         model = PeftModel.from_pretrained(model, folder)
     return model.eval()
 

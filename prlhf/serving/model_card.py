@@ -11,7 +11,8 @@ from prlhf.evaluation.run_files import base_figures, kept_figures
 from prlhf.models import PersonalizedPolicy
 
 USES = {
-    "peft": """`adapter_config.json` and `adapter_model.safetensors` are a PEFT LoRA adapter:
+    "peft": """Needs peft (`pip install peft`), and so does `answer.py`.
+`adapter_config.json` and `adapter_model.safetensors` are a PEFT LoRA adapter:
 
 ```python
 from peft import PeftModel
@@ -20,7 +21,10 @@ from transformers import AutoModelForCausalLM
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}, dtype={dtype!r}), "THIS FOLDER")
 ```""",
     "merged": '`AutoModelForCausalLM.from_pretrained("THIS FOLDER", dtype={dtype!r})` reads the folder.',
-    "vllm": """```
+    "vllm": """Needs vllm, where the model is served, and nothing of it where `answer.py` asks the server. Without
+`--server`, `answer.py` answers here and needs peft (`pip install peft`).
+
+```
 vllm serve "{base}" --dtype {dtype} --enable-lora --max-lora-rank {rank} --enable-prompt-embeds \\
     --lora-modules {name}="THIS FOLDER"
 python answer.py --prompt "..." --user ID --server http://127.0.0.1:8000 --model {name}
@@ -29,6 +33,7 @@ python answer.py --prompt "..." --user ID --server http://127.0.0.1:8000 --model
 The server gets whole prompts as `prompt_embeds` (base64 of `torch.save` of (L, D)) through `/v1/completions` and knows
 no user. It unpickles what clients send: let none but your own reach it.""",
 }
+ROWS = {"reference_logps": "the base alone, by its log-probs"}  # other names say what they are
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
@@ -145,7 +150,7 @@ def _figures(state: Mapping[str, Any], final: Mapping[str, Any] | None) -> str:
         if block:
             low, high = block["ci95"]
             lines.append(
-                f"| {who} | {block['mean']:.3f} | {low:.3f} to {high:.3f} | {block['worst_user']:.3f} | "
+                f"| {ROWS.get(who, who)} | {block['mean']:.3f} | {low:.3f} to {high:.3f} | {block['worst_user']:.3f} | "
                 f"{block['num_rows']} | {block['num_users']} |"
             )
     return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,7 @@ def test_the_card_says_what_a_stranger_must_know(tmp_path: Path) -> None:
     save_policy(tmp_path / "run")
     accuracy = {"mean": 0.75, "ci95": [0.5, 1.0], "worst_user": 0.25, "num_rows": 8, "num_users": 3}
     final = {"step": STEP, "data": {"source": "data/mine", "train_rows": 12}, "accuracy": {"seen": accuracy}}
+    final["accuracy"]["reference_logps"] = {**accuracy, "mean": 0.5}
     (tmp_path / "run" / "eval").mkdir()
     (tmp_path / "run" / "eval" / "final.json").write_text(json.dumps(final))
     for kind in ("peft", "merged", "vllm"):
@@ -269,11 +271,22 @@ def test_the_card_says_what_a_stranger_must_know(tmp_path: Path) -> None:
         card = (tmp_path / kind / "README.md").read_text()
         assert "| seen | 0.750 | 0.500 to 1.000 | 0.250 | 8 | 3 |" in card
         assert "`data/mine`, 12 training rows" in card and "LoRA of rank 2; user model individual" in card
+        assert "| the base alone, by its log-probs | 0.500 |" in card and "reference_logps" not in card
+        assert ("needs peft (`pip install peft`)" in card.replace("Needs", "needs")) == (kind != "merged")
         assert "right after BOS" in card and "personal data" in card and "## Licence" in card
         assert USER_IDS[1] not in card
         assert ("a folder of the machine that wrote this one" in card) == (kind != "merged")
         assert AutoTokenizer.from_pretrained(tmp_path / kind).eos_token_id == 1
     assert "--max-lora-rank 8" in card and "--enable-prompt-embeds" in card
+
+
+def test_the_script_says_in_a_line_that_an_adapter_needs_peft(tmp_path: Path, monkeypatch: Any) -> None:
+    save_policy(tmp_path / "run")
+    export_checkpoint(tmp_path / "run", "peft", tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match="peft is not installed.*pip install peft") as refusal:
+        answer.main(["--folder", str(tmp_path / "out"), "--prompt", "Tea?"])
+    assert "\n" not in str(refusal.value) and refusal.value.__suppress_context__
 
 
 def test_figures_of_another_step_are_not_the_exports(tmp_path: Path) -> None:
