@@ -4,7 +4,8 @@ The prior is a mixture of equal parts: a new user is like one of the trained use
 drawn from the Gaussian of the trained users' states; with a pool of pairs, a smaller part has the opposite taste of one
 of them. Where one of these states explains the judgments it is taken as it is; elsewhere the Gaussian's mode is found
 by Gauss-Newton steps (in each, the margins are linear in the state and what remains is Gaussian-process classification
-of as many numbers as there are judgments), and the explanation with more evidence wins.
+of as many numbers as there are judgments), and the explanation with more evidence wins, unless it is unlikely and does
+worse than the generic state. What is not known of the state is how far the other explanations are from it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ MAX_STEPS = 12
 USERS_AT_ONCE = 32  # whose slopes are in memory
 TOLERANCE = 0.01  # nats of log posterior
 SHRINK = (1.0, 0.5, 0.25, 0.125)  # of a Gauss-Newton step that does not improve the posterior
+LIKELY = 0.5  # a state that is less so has to do as well as the generic one on judgments left out
 EXPLAINED = -0.35  # nats a judgment; a known state that does this well leaves a Gaussian nothing to gain
 
 
@@ -39,18 +41,22 @@ class FittedUser:
 
     Args:
         state: the shape of a row of the user model's table, float32.
-        stdev: the same shape: posterior standard deviation of each number, 0 for a known state.
+        stdev: the same shape: root mean square distance of each number from the state's, over all explanations by their
+            posterior probabilities (known states, opposites, and the Gaussian where no known state explains the
+            judgments).
+        uncertainty: root mean square of `stdev`, as a multiple of that of somebody who has judged nothing; 0 is none.
         known: index of the trained user whose state it is, 0 for the generic one; None: a state of its own.
         opposite: the state is that of a taste opposite to `known`'s.
         probability: of this explanation against the others, 1 without judgments.
         num_judgments: what it was fitted on.
-        leave_one_out: share of the judgments answered right by the fit without them (Laplace approximation); None
-            without judgments.
+        leave_one_out: share of the judgments answered right by the fit without them (Laplace approximation), of the
+            generic state where it was taken for doing better; None without judgments.
         held_out: share of the held-out judgments answered right; None without any.
     """
 
     state: Tensor
     stdev: Tensor
+    uncertainty: float
     known: int | None
     probability: float
     num_judgments: int
@@ -202,34 +208,53 @@ def _fit(
 def _choose(
     data: _Batch, population: Population, margins: Tensor, loglik: Tensor, log_prior: Tensor, own: _Own | None
 ) -> FittedUser:
-    """The explanation with more evidence; of each judgment left out, the one with more evidence from the others.
+    """The explanation with more evidence, or the generic one where that is unlikely and does worse on what is left out.
+
+    Of each judgment left out: as the explanation with more evidence from the others says.
 
     Args:
         margins, loglik: (n, A) of the user's judgments under the population's states.
         log_prior: (A,) of these.
     """
-    evidence = loglik.sum(0) + log_prior
+    evidence, states = loglik.sum(0) + log_prior, population.states
     without = evidence - loglik
     if own is not None:
         alone = own.left_out_margins[: len(margins)]
-        evidence = torch.cat([evidence, own.evidence[None]])
+        evidence, states = torch.cat([evidence, own.evidence[None]]), torch.cat([states, own.state[None]])
         margins = torch.cat([margins, alone[:, None]], dim=1)
         without = torch.cat([without, (own.evidence - F.logsigmoid(alone))[:, None]], dim=1)
-    right = margins.gather(1, without.argmax(1)[:, None]) > 0
-    best = int(evidence.argmax())
-    rate, probability = float(right.double().mean()), float(evidence.softmax(0)[best])
-    if own is not None and best == len(population.states):
-        state, stdev, known = own.state, own.stdev, None
-    else:
-        state, stdev, known = population.states[best], torch.zeros_like(population.states[best]), population.ids[best]
-    state, stdev = state.float().view(data.shape), stdev.float().view(data.shape)
-    opposite = known is not None and best >= population.num_known
-    return FittedUser(state, stdev, known, probability, len(loglik), rate, opposite=opposite)
+    right = margins > 0
+    rate = float(right.gather(1, without.argmax(1)[:, None]).double().mean())
+    best, weights = int(evidence.argmax()), evidence.softmax(0)
+    generic_rate = float(right[:, 0].double().mean())
+    if weights[best] < LIKELY and rate < generic_rate:
+        best, rate = 0, generic_rate
+    variance = weights @ (states - states[best]) ** 2
+    if own is not None:
+        variance += weights[-1] * own.stdev**2
+    is_known = best < len(population.states)
+    return FittedUser(
+        states[best].float().view(data.shape),
+        variance.sqrt().float().view(data.shape),
+        float((variance.mean() / _unjudged_variance(population).mean()).sqrt()),
+        population.ids[best] if is_known else None,
+        float(weights[best]),
+        len(loglik),
+        rate,
+        opposite=is_known and best >= population.num_known,
+    )
 
 
 def _generic(data: _Batch, population: Population) -> FittedUser:
-    state, stdev = population.states[0].float(), population.prior.stdev().float()
-    return FittedUser(state.view(data.shape), stdev.view(data.shape), GENERIC_USER_ID, 1.0, 0, None)
+    state, stdev = population.states[0].float(), _unjudged_variance(population).sqrt().float()
+    return FittedUser(state.view(data.shape), stdev.view(data.shape), 1.0, GENERIC_USER_ID, 1.0, 0, None)
+
+
+def _unjudged_variance(population: Population) -> Tensor:
+    """(S,) mean square distance from the generic state before any judgment: all explanations are equally likely."""
+    prior, known = population.prior, population.states[: population.num_known]
+    centers = torch.cat([known, prior.mean[None]])
+    return ((centers - known[0]) ** 2).mean(0) + prior.stdev() ** 2 / len(centers)
 
 
 def _fit_gaussian(data: _Batch, prior: GaussianPrior, users: Tensor, states: Tensor, beta: float) -> list[_Own]:

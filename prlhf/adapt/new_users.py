@@ -210,6 +210,7 @@ def _report(model: PersonalizedModel, user: str, fitted: FittedUser) -> dict[str
         "like": like,
         "opposite": fitted.opposite,
         "probability": fitted.probability,
+        "uncertainty": fitted.uncertainty,
         "leave_one_out": fitted.leave_one_out,
         "held_out": fitted.held_out,
     }

@@ -186,6 +186,46 @@ def test_users_fitted_together_are_those_fitted_alone() -> None:
         assert alone.leave_one_out == expected.leave_one_out
 
 
+def test_the_uncertainty_is_the_spread_of_the_explanations_around_the_state() -> None:
+    """Of a user who may be like several known ones: their states, weighted by likelihood, written out."""
+    policy = make_policy()
+    judgments = as_judged_by(policy, make_judgments_of(policy, 4), 2)
+    states = make_population(policy.user_encoder).states  # type: ignore[arg-type]
+    [fitted] = fit_judgments(policy, [judgments], beta=3.0)
+    loglik = F.logsigmoid(3.0 * Margins(policy, judgments).table(states)).sum(0)
+    assert fitted.known == 2 and loglik.max() > fit_module.EXPLAINED * 4  # so there is no state of their own
+    weights = loglik.exp() / loglik.exp().sum()
+    assert fitted.probability == pytest.approx(float(weights[2])) and 0.4 < weights[2] < 0.999
+    expected = sum(w * (state - states[2]) ** 2 for w, state in zip(weights, states, strict=True)) ** 0.5
+    torch.testing.assert_close(fitted.stdev.flatten().double(), expected, rtol=1e-5, atol=1e-7)
+    assert 0 < fitted.uncertainty < 1
+
+
+def test_who_contradicts_themselves_is_not_known_for_sure() -> None:
+    policy = make_policy()
+    judgments = make_judgments_of(policy, 3)
+    turned = [Judgment(one.prompt_ids, one.responses[::-1]) for one in judgments]
+    [clear] = fit_judgments(policy, [as_judged_by(policy, make_judgments_of(policy, 12), 2)], beta=30.0)
+    contradicting, unheard = fit_judgments(policy, [[*judgments, *turned], []], beta=BETA)
+    assert clear.uncertainty < 0.1 < 0.3 < contradicting.uncertainty
+    assert unheard.uncertainty == 1.0 and bool(unheard.stdev.all())
+
+
+@pytest.mark.parametrize(("strength", "known"), [(0.1, 0), (1.0, 2)])
+def test_an_unlikely_state_that_does_worse_than_the_generic_one_is_not_taken(strength: float, known: int) -> None:
+    """Two judgments: user 2 and the generic one agree with both, but either alone speaks for who denies the other."""
+    policy = make_policy()
+    population = make_population(policy.user_encoder)  # type: ignore[arg-type]
+    data = fit_module._Batch(policy, [make_judgments_of(policy, 2)], per_token=False)
+    margins = strength * torch.tensor([[0.2, -9.0, 2.0, 9.0], [0.2, 9.0, 2.0, -9.0]], dtype=torch.float64)
+    chosen = fit_module._choose(data, population, margins, F.logsigmoid(margins), torch.zeros(4).double(), None)
+    weights = F.logsigmoid(margins).sum(0).softmax(0)
+    assert (float(weights.max()) < 0.5) == (known == 0)
+    assert chosen.known == known
+    assert chosen.probability == pytest.approx(float(weights[known]))
+    assert chosen.leave_one_out == (1.0 if known == 0 else 0.0)
+
+
 def test_judgments_leave_less_uncertainty_than_the_prior() -> None:
     policy = make_policy()
     prior = make_population(policy.user_encoder).prior.stdev()  # type: ignore[arg-type]
