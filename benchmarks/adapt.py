@@ -1,15 +1,17 @@
 """How many judgments a new user needs: accuracy on held-out rows over their number, and what good questions save.
 
-    python benchmarks/adapt.py runs/psoups                                    # new users of known tastes
-    python benchmarks/adapt.py runs/tldr                                      # unseen workers
-    python benchmarks/adapt.py --leave-out P1A --world 0 --data data/no_P1A   # a world without a profile, to train on,
+    python -m benchmarks.adapt runs/psoups                                    # new users of known tastes
+    python -m benchmarks.adapt runs/tldr                                      # unseen workers
+    python -m benchmarks.adapt --leave-out P1A --world 0 --data data/no_P1A   # a world without a profile, to train on,
     prlhf train experiments/psoups.yaml name=no_P1A data.source=data/no_P1A
-    python benchmarks/adapt.py runs/no_P1A --source builtin:psoups --users P1A   # and the profile as a new user
+    python -m benchmarks.adapt runs/no_P1A --source builtin:psoups --users P1A   # and the profile as a new user
 
-Each user is fitted anew in every draw, from judgments drawn without replacement. They come from the training and dev
-rows of that user (none of which a user of a known taste brings along: the new user gets a new row), else from half of
-the unseen rows; accuracy is on the other side. Intervals resample users' draws. Questions are about whose taste a new
-user has: a pair that is not of the user's axis is answered by a coin, chosen pairs against random ones.
+Each user is fitted anew in every draw, from judgments drawn without replacement: of a user of the run from evaluation
+rows about other prompts than the measured ones, which the matching state never saw, or, where those are too few, from
+training and dev rows; of an unseen user from half of the rows, and accuracy is on the other half. Intervals resample
+users' draws. Questions are asked and fitted as `prlhf adapt` does, all of a batch before the first answer; a pair that
+is not of the user's axis is answered by a coin. A batch of users is timed twice: all judge the same 64 pairs of their
+taste, or everybody judges pairs of their own.
 """
 
 from __future__ import annotations
@@ -19,22 +21,20 @@ import dataclasses
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
+from benchmarks.adapt_speed import measure_batch, measure_pool
 from prlhf.adapt import FittedUser, Judgment, fit_judgments
 from prlhf.adapt.add_users import write_with_users
-from prlhf.adapt.ask import pick_informative, set_apart
+from prlhf.adapt.ask import choose_questions
 from prlhf.adapt.feedback import make_judgments
 from prlhf.adapt.margins import Margins
 from prlhf.adapt.new_users import judgment_limits, likelihood
-from prlhf.adapt.population import make_population
 from prlhf.config import Config, load_config
 from prlhf.config_checks import REFERENCE_FREE_KINDS
 from prlhf.data.load import load_preference_data
@@ -56,7 +56,7 @@ from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
 
 COUNTS = (0, 1, 2, 4, 8, 16, 32)
-NUM_SIMULATED_USERS = 100
+SIMULATED_USERS = 4  # of each taste, who answer questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +80,24 @@ def leave_out(seed: int, user_id: str, out: Path) -> None:
     write_prepared(out, dataclasses.replace(data, eval_unseen=unseen, **changed))
 
 
-def pick_subjects(data: PreferenceData, users: Sequence[str] | None, test_rows: int) -> list[Subject]:
-    """Users to fit: those asked for, else the unseen ones, else the seen ones as if they were new."""
+def pick_subjects(
+    data: PreferenceData, users: Sequence[str] | None, test_rows: int, enough: int = max(COUNTS)
+) -> list[Subject]:
+    """Users to fit: those asked for, else the unseen ones, else the seen ones as if they were new.
+
+    Args:
+        enough: judgments to draw from; where evaluation rows leave fewer, they are training and dev rows.
+    """
     unseen = list(dict.fromkeys(row.user_id for row in data.eval_unseen))
     subjects = []
     for user in users or unseen or data.user_ids():
         known = [row for row in (*data.dev, *data.train) if row.user_id == user]
         measured = [row for row in (*data.eval_seen, *data.eval_unseen) if row.user_id == user]
-        if not known:
+        if known:
+            prompts = {row.prompt for row in measured[:test_rows]}
+            others = [row for row in measured[test_rows:] if row.prompt not in prompts]
+            known = others if len(others) >= enough else known
+        else:
             known, measured = measured[::2], measured[1::2]
         subjects.append(Subject(user, known, measured[:test_rows]))
     return subjects
@@ -129,22 +139,30 @@ def measure_curve(
         gaps = [part.mean() for part in (right[i][clear[cells[i][1]]] for i in own) if len(part)]
         results.append({
             "judgments": count,
-            "accuracy": float(means.mean()),
-            "ci95": bootstrap_interval(means, [str(i) for i in own], seed=seed),
-            "length_gap_20": float(np.mean(gaps)) if gaps else None,
+            **with_interval("accuracy", means, seed),
+            **with_interval("length_gap_20", gaps, seed),
             "per_user": {subject.user_id: float(means[users == user].mean()) for user, subject in enumerate(subjects)},
-            **describe_fits([fits[i] for i in own] if fits else []),
+            **describe_fits([fits[i] for i in own] if fits else [], seed),
         })
     return results
 
 
-def describe_fits(fits: Sequence[FittedUser]) -> dict[str, float | None]:
+def with_interval(name: str, values: Sequence[float] | np.ndarray, seed: int) -> dict[str, Any]:
+    """Mean of what draws gave, and its 95% interval; None where there is nothing."""
+    if not len(values):
+        return {name: None, f"{name}_ci95": None}
+    numbers = np.asarray(values, dtype=float)
+    interval = bootstrap_interval(numbers, [str(i) for i in range(len(numbers))], seed=seed)
+    return {name: float(numbers.mean()), f"{name}_ci95": interval}
+
+
+def describe_fits(fits: Sequence[FittedUser], seed: int) -> dict[str, Any]:
     """Shares of states that are a known user's, or an opposite; the mean accuracy on judgments left out of the fit."""
-    left_out = [fit.leave_one_out for fit in fits if fit.leave_one_out is not None]
     return {
-        "known_state": float(np.mean([fit.known is not None for fit in fits])) if fits else None,
-        "opposite": float(np.mean([fit.opposite for fit in fits])) if fits else None,
-        "leave_one_out": float(np.mean(left_out)) if left_out else None,
+        **with_interval("known_state", [float(fit.known is not None) for fit in fits], seed),
+        **with_interval("opposite", [float(fit.opposite) for fit in fits], seed),
+        **with_interval("leave_one_out", [fit.leave_one_out for fit in fits if fit.leave_one_out is not None], seed),
+        **with_interval("uncertainty", [fit.uncertainty for fit in fits], seed),
     }
 
 
@@ -212,43 +230,46 @@ def score_states(
 
 def measure_questions(
     model: PersonalizedModel, config: Config, subjects: Sequence[Subject], pool_rows: int, most: int, seed: int
-) -> dict[str, list[float]]:
-    """Accuracy of the likeliest known state after 0..most answers: to chosen questions, and to random ones."""
-    limits, beta = judgment_limits(config), float(likelihood(config)["beta"])
-    states = make_population(model.user_encoder).states[1:]  # type: ignore[arg-type]
-    pool = {row.pair_id: row for subject in subjects for row in subject.pool[:pool_rows]}
-    # 1 and -1: the user's own preference between the two responses; 0: none.
-    tastes = torch.zeros(len(subjects), len(pool)).double()
-    for user, subject in enumerate(subjects):
-        own = {row.pair_id: row.chosen for row in subject.pool}
-        tastes[user] = torch.tensor([
-            0.0 if pair not in own else 1.0 if own[pair] == row.chosen else -1.0 for pair, row in pool.items()
-        ])
-    with model.evaluating():
-        table = Margins(model, make_judgments(model, list(pool.values()), **limits)).table(states)
-        rates = [Margins(model, make_judgments(model, one.test, **limits)).table(states) for one in subjects]
-    accuracy = torch.stack([(table > 0).double().mean(0) for table in rates])
-    apart = set_apart(table)
-    curves: dict[str, list[float]] = {}
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Accuracy of the fitted state after a batch of 0, 1, 2, 4, ... `most` questions: chosen ones, and random ones.
+
+    Args:
+        pool_rows: of each subject; what to ask is chosen among all.
+    """
+    limits, rng = judgment_limits(config), np.random.default_rng(seed)
+    pool = list({row.pair_id: row for subject in subjects for row in subject.pool[:pool_rows]}.values())
+    questions = make_judgments(model, pool, **limits)
+    chosen = choose_questions(model, [], questions, most, **likelihood(config), seed=seed)
+    counts = sorted({0, most, *(2**k for k in range(most.bit_length()) if 2**k <= most)})
+    people = [subject for subject in subjects for _ in range(SIMULATED_USERS)]
+    tests = [make_judgments(model, subject.test, **limits) for subject in people]
+    own = {subject.user_id: {row.pair_id: row.chosen for row in subject.pool} for subject in subjects}
+    curves = {}
     for way in ("chosen", "random"):
-        generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-        curve = np.zeros(most + 1)
-        for simulated in range(NUM_SIMULATED_USERS):
-            user = simulated % len(subjects)
-            coins = torch.from_numpy(rng.choice([-1.0, 1.0], len(table)))
-            answers = torch.where(tastes[user] == 0, coins, tastes[user])
-            fit, beliefs, asked = torch.zeros(len(states)).double(), torch.zeros(len(states)).double(), []
-            for number in range(most + 1):
-                curve[number] += accuracy[user, fit.argmax()] if number else accuracy[user].mean()
-                left = [i for i in range(len(table)) if i not in asked]
-                place = rng.integers(len(left)) if way == "random" else pick_informative(
-                    apart[left], beliefs, 1, beta=beta, generator=generator
-                )[0]
-                asked.append(left[place])
-                fit = fit + F.logsigmoid(beta * answers[asked[-1]] * table[asked[-1]])
-                beliefs = beliefs + F.logsigmoid(beta * answers[asked[-1]] * apart[asked[-1]])
-        curves[way] = (curve / NUM_SIMULATED_USERS).tolist()
+        answered = []
+        for person in people:
+            asked = chosen if way == "chosen" else rng.permutation(len(pool))[:most].tolist()
+            answered.append([
+                questions[i] if agrees else dataclasses.replace(questions[i], responses=questions[i].responses[::-1])
+                for i, agrees in ((i, answer(own[person.user_id], pool[i], rng)) for i in asked)
+            ])
+        fitted = fit_judgments(model, [own[:count] for count in counts for own in answered], **likelihood(config))
+        right = score_states(model, [one.state for one in fitted], tests * len(counts), config)
+        means = np.array([one.mean() for one in right]).reshape(len(counts), len(people))
+        curves[way] = {
+            count: with_interval("accuracy", row, seed) for count, row in zip(counts, means, strict=True)
+        }
     return curves
+
+
+def answer(own: dict[str, str], row: PreferenceRow, rng: np.random.Generator) -> bool:
+    """Whether a user prefers what a pair calls chosen; of a pair that the user has no preference about, a coin.
+
+    Args:
+        own: pair id -> the response that the user prefers.
+    """
+    coin = bool(rng.integers(2))
+    return own[row.pair_id] == row.chosen if row.pair_id in own else coin
 
 
 def measure_generations(
@@ -281,16 +302,11 @@ def measure_generations(
     return shares
 
 
-def measure_batch(
-    model: PersonalizedModel, config: Config, subjects: Sequence[Subject], num_users: int, seed: int
-) -> float:
-    """Users a second, of many who each judged 8 of the same 64 pairs."""
-    pool = [make_judgments(model, subject.pool[:64], **judgment_limits(config)) for subject in subjects]
-    rng = np.random.default_rng(seed)
-    given = [[own[i] for i in rng.permutation(len(own))[:8]] for own in (pool[i % len(pool)] for i in range(num_users))]
-    began = time.perf_counter()
-    fit_judgments(model, given, **likelihood(config))
-    return num_users / (time.perf_counter() - began)
+def cell(point: dict[str, Any], name: str) -> str:
+    """A figure and its interval."""
+    if point[name] is None:
+        return "-"
+    return "{:.3f} ({:.3f} to {:.3f})".format(point[name], *point[f"{name}_ci95"])
 
 
 def main() -> None:
@@ -303,7 +319,8 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--test-rows", type=int, default=100, help="of each user")
     parser.add_argument("--pool", type=int, default=0, metavar="N", help="give the fits N training pairs, unjudged")
-    parser.add_argument("--questions", type=int, default=0, metavar="N", help="also ask up to N questions, two ways")
+    parser.add_argument("--time-pool", action="store_true", help="also time one user who wants an opposite")
+    parser.add_argument("--questions", type=int, default=0, metavar="N", help="also ask batches of up to N, two ways")
     parser.add_argument("--generate", type=int, default=0, metavar="N", help="also answer N prompts (psoups' users)")
     parser.add_argument("--judgments", type=int, default=16, help="of a new user who is answered")
     parser.add_argument("--batch", type=int, default=0, metavar="N", help="also time N users at once")
@@ -324,31 +341,36 @@ def main() -> None:
         args.source or config.data.source, seed=config.data.seed, eval_prompts=config.data.eval_prompts,
         unseen_users=config.data.unseen_users,
     )
-    subjects = pick_subjects(data, args.users, args.test_rows)
+    subjects = pick_subjects(data, args.users, args.test_rows, max(args.counts))
     pairs = list({row.pair_id: row for row in data.train}.values())
     pool = [pairs[i] for i in np.random.default_rng(args.seed).permutation(len(pairs))[: args.pool]]
     curve = measure_curve(model, config, subjects, args.counts, args.draws, args.seed, pool)
-    shares = ("length_gap_20", "known_state", "opposite")
-    rows = [
-        [str(point["judgments"]), f"{point['accuracy']:.3f}", "{:.3f} to {:.3f}".format(*point["ci95"]),
-         *("-" if point[name] is None else f"{point[name]:.3f}" for name in shares)]
-        for point in curve
-    ]
-    header = ["judgments", "accuracy", "95%", "lengths >= 20% apart", "known or opposite", "opposite"]
-    sys.stdout.write(make_table(header, rows) + "\n")
+    columns = {"accuracy": "accuracy", "length_gap_20": "lengths >= 20% apart", "known_state": "known or opposite",
+               "opposite": "opposite", "leave_one_out": "left out", "uncertainty": "uncertainty"}
+    rows = [[str(point["judgments"]), *(cell(point, name) for name in columns)] for point in curve]
+    sys.stdout.write(make_table(["judgments", *columns.values()], rows) + "\n")
     results: dict[str, Any] = {"checkpoint": str(directory), "seed": args.seed, "draws": args.draws, "curve": curve}
     if args.questions:
         results["questions"] = measure_questions(model, config, subjects, 42, args.questions, args.seed)
-        asked = [[way, *(f"{value:.3f}" for value in values)] for way, values in results["questions"].items()]
-        sys.stdout.write("\n" + make_table(["questions", *map(str, range(args.questions + 1))], asked) + "\n")
+        asked = [[way, *(cell(point, "accuracy") for point in points.values())]
+                 for way, points in results["questions"].items()]
+        header = ["questions", *map(str, results["questions"]["chosen"])]
+        sys.stdout.write("\n" + make_table(header, asked) + "\n")
     if args.generate:
         on_side = measure_generations(directory, model, config, subjects, args.judgments, args.generate)
         results["on_side"] = on_side
         sys.stdout.write("\n" + make_table(["user", "on side"], [[u, f"{v:.3f}"] for u, v in on_side.items()]) + "\n")
     if args.batch:
-        rates = {count: measure_batch(model, config, subjects, count, args.seed) for count in (1, args.batch)}
-        results["users_per_s"] = rates
-        sys.stdout.write("".join(f"\n{rate:.1f} users/s at {count} users\n" for count, rate in rates.items()))
+        users = [subject.user_id for subject in subjects]
+        results["users_per_s"] = {
+            count: measure_batch(model, config, data, users, count, args.seed) for count in (1, args.batch)
+        }
+        for rates in results["users_per_s"].values():
+            for way, (number, rate) in rates.items():
+                sys.stdout.write(f"\n{rate:.1f} users/s at {number} users, {way} pairs\n")
+    if args.time_pool:
+        results["pool_s"] = measure_pool(model, config, subjects[0].pool, pool, args.seed)
+        sys.stdout.write(f"\n{results['pool_s']:.1f} s for one user with a pool of {len(pool)} pairs\n")
     if args.out:
         args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
