@@ -18,7 +18,7 @@ def _commands(document: Path) -> list[list[str]]:
     """The `prlhf ...` commands in its blocks of code, each as its arguments."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    parts = [part for line in lines for part in line.split(" # ")[0].split("&&")]
+    parts = [part.split(" > ")[0] for line in lines for part in line.split(" # ")[0].split("&&")]
     words = [shlex.split(part, comments=True) for part in parts if re.match(r"\s*(\S*/)?prlhf ", part)]
     return [command[1:] for command in words]
 

@@ -120,7 +120,7 @@ def packs_beyond_a_window(tiny: Tiny) -> list[bool]:
     for window in (199, 200):
         job = build_job(tiny.config())
         assert job.model.packing is not None
-        job.model.packing = Packing(window, job.model.packing.linear_head)
+        job.model.packing = Packing(window)
         shard_(job.model, precision="fp32", max_tokens=200)
         packed.append(job.model.packing is not None)
     return packed

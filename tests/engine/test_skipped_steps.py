@@ -71,7 +71,7 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, is_spoiled: Callable[[int], bool
             sums = {**made.sums, "loss": made.sums["loss"] * factor}
             return made._replace(losses=made.losses * factor, sums=sums)
 
-        call.is_unpaired = False  # type: ignore[attr-defined]
+        call.is_unpaired, call.passes = False, lambda: [call]  # type: ignore[attr-defined]
         return train_step_(model, optimizer, call, *rest, **options)
 
     monkeypatch.setattr(trainer, "train_step_", spoiled)
