@@ -309,8 +309,8 @@ def cell(point: dict[str, Any], name: str) -> str:
     return "{:.3f} ({:.3f} to {:.3f})".format(point[name], *point[f"{name}_ci95"])
 
 
-def main() -> None:
-    """Measure a checkpoint, or write the world to train one on."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", type=Path)
     parser.add_argument("--source", help="data with the users to fit (default: the run's own)")
@@ -330,7 +330,12 @@ def main() -> None:
     parser.add_argument("--leave-out", metavar="ID", help="write builtin:psoups without this profile to --data, stop")
     parser.add_argument("--world", type=int, default=0)
     parser.add_argument("--data", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure a checkpoint, or write the world to train one on."""
+    args = parse_arguments()
     if args.leave_out:
         leave_out(args.world, args.leave_out, args.data)
         return
