@@ -104,7 +104,9 @@ def compute_reference_table(
             on_batch()
             if number % world_size() != rank():
                 continue
-            part = [_sequence(rows, place) for place in distinct.first[start:stop].tolist()]
+            # As the rows come, which is nearer to how a step reads them: under bf16 last bits depend on the neighbours.
+            order = np.argsort(distinct.first[start:stop])
+            part = [_sequence(rows, place) for place in distinct.first[start:stop][order].tolist()]
             logps = None if cache is None else cache.get(part)
             num_kept += 0 if logps is None else len(part)
             if logps is None:
@@ -112,7 +114,7 @@ def compute_reference_table(
                 logps = score_sequences(policy, part, None, **options, on_batch=on_batch).values
                 if cache is not None:
                     cache.put(part, logps)
-            values[start:stop] = logps.to(values.device)
+            values[torch.from_numpy(start + order).to(values.device)] = logps.to(values.device)
     values = all_reduce_sum(values).cpu()
     logger.info("reference: log-probs of %d responses, %d of them kept from before", len(values), num_kept)
     row_ids = torch.tensor([row.row for row in rows], dtype=torch.int64)
