@@ -45,6 +45,7 @@ def read_feedback(path: Path, user_id: str | None) -> dict[str, list[Located]]:
     """
 
     def parse(record: dict[str, Any], where: str) -> JudgedRow:
+        """A row of the file's user."""
         row = _row({"user_id": user_id, **record}, where)
         if user_id is not None and row.user_id != user_id:
             raise DataError(f"{where}: a row of user {quote(row.user_id)}; leave --user out to add all users of the "

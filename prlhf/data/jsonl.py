@@ -56,16 +56,13 @@ def read_rows(
     """
     rows: list[tuple[str, T]] = []
     bad: list[DataError] = []
-    for number, outcome in _outcomes(path):
-        where = f"{path}:{number}"
-        try:
-            if isinstance(outcome, DataError):
-                raise outcome
-            rows.append((where, parse(outcome, where)))
-        except DataError as error:
-            if on_bad_row == "error":
-                raise
-            bad.append(error)
+    for where, outcome in _parsed(path, parse):
+        if not isinstance(outcome, DataError):
+            rows.append((where, outcome))
+        elif on_bad_row == "error":
+            raise outcome
+        else:
+            bad.append(outcome)
     total = len(rows) + len(bad)
     if len(bad) > MAX_SKIPPED_SHARE * total:
         raise DataError(f"{path}: {len(bad)} of {total} rows are bad, more than the {MAX_SKIPPED_SHARE:.0%} that "
@@ -82,17 +79,26 @@ def read_every_row(path: Path, parse: Callable[[dict[str, Any], str], T]) -> lis
     """
     rows: list[tuple[str, T]] = []
     wrong: list[str] = []
+    for where, outcome in _parsed(path, parse):
+        if isinstance(outcome, DataError):
+            wrong += outcome.messages
+        else:
+            rows.append((where, outcome))
+    if wrong:
+        raise DataError(*wrong)
+    return rows
+
+
+def _parsed(path: Path, parse: Callable[[dict[str, Any], str], T]) -> Iterator[tuple[str, T | DataError]]:
+    """("file:line", the row or what is wrong with it) of each object of a file."""
     for number, outcome in _outcomes(path):
         where = f"{path}:{number}"
         try:
             if isinstance(outcome, DataError):
                 raise outcome
-            rows.append((where, parse(outcome, where)))
+            yield where, parse(outcome, where)
         except DataError as error:
-            wrong += error.messages
-    if wrong:
-        raise DataError(*wrong)
-    return rows
+            yield where, error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -165,6 +165,7 @@ def read_on_demand_(directory: Path, table: RowTable, users: UserIndex) -> None:
     there: set[int] = set()
 
     def bring(rows: Tensor) -> None:
+        """Copy those of the rows that are not there yet into the table."""
         missing = [row for row in dict.fromkeys(rows.tolist()) if row not in there]
         if missing:
             with UserStore.open(directory) as store:
