@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
@@ -21,6 +22,8 @@ class _Columns:
         end: the column behind the last token of every row.
         joining: (slot, place in the call, length) of the rows that the backbone is reading; None while it goes on
             with the rows that are there.
+        heads: place of the head that each prompt of that call goes on from; None: the call holds whole prompts.
+        reads_heads: what the backbone is reading are heads.
     """
 
     num_slots: int
@@ -28,6 +31,8 @@ class _Columns:
     lengths: list[int] = field(default_factory=list)
     end: int = 0
     joining: list[tuple[int, int, int]] | None = None
+    heads: list[int] | None = None
+    reads_heads: bool = False
 
     @property
     def width(self) -> int:
@@ -66,12 +71,22 @@ class SlotCache(Cache):
         return self.layers[layer_idx].update(key_states, value_states)
 
     @contextmanager
-    def joining(self, sources: Sequence[int], lengths: Sequence[int]) -> Iterator[None]:
+    def reading_heads(self) -> Iterator[None]:
+        """Inside, the backbone reads what many prompts begin with, all of one length; kept beside the rows."""
+        self._columns.reads_heads = True
+        yield
+        self._columns.reads_heads = False
+
+    @contextmanager
+    def joining(
+        self, sources: Sequence[int], lengths: Sequence[int], heads: Sequence[int] | None = None
+    ) -> Iterator[None]:
         """Inside, the backbone reads prompts that are padded on the right; they become the last rows.
 
         Args:
             sources: for each new row, its prompt's place in the call; several rows may have the same.
-            lengths: of the rows, none above the longest row that is there, if one is.
+            lengths: of the rows, heads included, none above the longest row that is there, if one is.
+            heads: for each prompt of the call, the place among the heads of what it goes on from; None: whole prompts.
         """
         columns = self._columns
         first = len(columns.lengths)
@@ -81,6 +96,7 @@ class SlotCache(Cache):
         for tensor in self._tensors():  # left of the rows too: a masked NaN is still a NaN
             tensor[first : first + len(lengths)].zero_()
         columns.joining = [(first + i, *place) for i, place in enumerate(zip(sources, lengths, strict=True))]
+        columns.heads = None if heads is None else list(heads)
         yield
         columns.joining = None
         columns.lengths += lengths
@@ -121,6 +137,7 @@ class _SlotLayer(DynamicLayer):
 
     keys: Any
     values: Any
+    heads: tuple[Tensor, Tensor]  # keys and values (heads, H, length, E), once some were read
 
     def __init__(self, columns: _Columns) -> None:
         super().__init__()
@@ -140,6 +157,13 @@ class _SlotLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         columns = self.columns
+        if columns.reads_heads:
+            self.heads = key_states, value_states
+            return self.heads
+        if columns.joining is not None and columns.heads is not None:
+            head_keys, head_values = (head[columns.heads] for head in self.heads)
+            key_states = torch.cat([head_keys, key_states], dim=2)
+            value_states = torch.cat([head_values, value_states], dim=2)
         both = ((self.keys, key_states), (self.values, value_states))
         if columns.joining is not None:
             for slot, source, length in columns.joining:
@@ -154,4 +178,7 @@ class _SlotLayer(DynamicLayer):
 
     def get_seq_length(self) -> int:
         """Cached tokens, as the backbone counts them for its masks."""
-        return 0 if self.columns.joining is not None else self.columns.width
+        columns = self.columns
+        if columns.reads_heads or (columns.joining is not None and columns.heads is None):
+            return 0
+        return columns.width if columns.joining is None else self.heads[0].shape[2]

@@ -28,8 +28,10 @@ def _alone(policy: Any, options: SamplingOptions, users: list[int | None]) -> li
     ]
 
 
+@pytest.mark.parametrize("head_share", [0.0, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_waiting_rows_take_the_places_of_finished_ones_and_no_answer_changes(family, caplog):
+def test_waiting_rows_take_the_places_of_finished_ones_and_no_answer_changes(family, head_share, caplog, monkeypatch):
+    monkeypatch.setattr("prlhf.generation.decode.HEAD_SHARE", head_share)
     policy = tiny_policy(family)
     set_up_packing_(policy.backbone)
     expected = _alone(policy, RAGGED, USERS)
@@ -91,6 +93,39 @@ def test_equal_prompts_are_read_once_and_no_prompt_has_logits():
     assert read[0] == (2, 40) and read[1] == (6, 1)  # two prompts but for their last tokens, then six rows
     assert set(logits) == {1}
     assert len({tuple(answer) for answer in answers}) > 2
+
+
+def test_the_soft_prompt_of_a_user_with_several_prompts_is_read_once(monkeypatch):
+    monkeypatch.setattr("prlhf.generation.decode.HEAD_SHARE", 0.0)
+    policy = tiny_policy()
+    users = [1, 0, 2, 1, 2, 0, 1, 2, 2, 0]
+    expected = _alone(policy, RAGGED, users)
+    read, made = [], []
+    policy.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    policy.user_encoder.register_forward_pre_hook(lambda module, args: made.append(len(args[0])))
+    assert generate_ids(policy, PROMPTS, users, options=RAGGED) == expected
+    num_soft = policy.soft_prompt.num_user_tokens
+    assert read[0] == (3, 1 + num_soft) and read[1] == (10, 39) and made == [3]  # of 41 ids
+    assert generate_ids(policy, [[0, 8], [0, 9]], [1, 1], options=RAGGED) == [
+        generate_ids(policy, [[0, token]], [1], options=RAGGED, streams=[i])[0] for i, token in enumerate((8, 9))
+    ]
+
+
+def test_soft_prompts_are_read_with_their_prompts_where_little_is_spared_or_users_are_many(monkeypatch):
+    policy = tiny_policy()
+    read = []
+    policy.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    width = 3 + policy.soft_prompt.num_user_tokens
+    generate_ids(policy, [[0, 5, 6, 7], [0, 8, 9, 7]], [1, 2], options=RAGGED)
+    assert (2, width) in read
+    monkeypatch.setattr("prlhf.generation.decode.MAX_HEADS", 1)
+    read.clear()
+    generate_ids(policy, [[0, 5 + i, 6, 7] for i in range(4)], [1, 1, 2, 2], options=RAGGED)
+    assert read[0] == (4, width)
 
 
 @pytest.mark.parametrize("settings", [{"repetition_penalty": 3.0}, {"no_repeat_ngram_size": 2}])
