@@ -25,23 +25,33 @@ class TrlSteps:
     TRL scores response tokens alone on a GPU and every position elsewhere; here it takes its GPU path, the faster one.
 
     Args:
-        backbone: without adapters; it is copied.
+        backbone: without adapters; a copy is trained, or with `in_place` itself.
         lora: rank 8 on every linear layer, by PEFT; else all weights.
     """
 
-    def __init__(self, backbone: nn.Module, *, lora: bool, beta: float, num_user_tokens: int) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        lora: bool,
+        beta: float,
+        num_user_tokens: int,
+        device: str = "cpu",
+        in_place: bool = False,
+    ) -> None:
         from datasets import Dataset
         from peft import LoraConfig
         from trl import DPOConfig, DPOTrainer
 
         self._num_user_tokens = num_user_tokens
+        self._device = device
         settings = DPOConfig(
-            output_dir=tempfile.mkdtemp(), beta=beta, max_length=None, use_cpu=True, bf16=False, report_to=[],
-            gradient_checkpointing=False, disable_tqdm=True,
+            output_dir=tempfile.mkdtemp(), beta=beta, max_length=None, use_cpu=device == "cpu", bf16=False,
+            report_to=[], gradient_checkpointing=False, disable_tqdm=True,
         )
         adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
         self.trainer: Any = DPOTrainer(
-            model=copy.deepcopy(backbone),
+            model=backbone if in_place else copy.deepcopy(backbone),
             ref_model=None if lora else copy.deepcopy(backbone),
             args=settings,
             train_dataset=Dataset.from_list([{"prompt": "Why?", "chosen": " So.", "rejected": " No."}]),
@@ -63,8 +73,8 @@ class TrlSteps:
         inputs = self._collate(rows)
         self.trainer.precompute_ref_logps = reference is not None
         if reference is not None:
-            inputs["ref_chosen_logps"] = torch.cat([reference.chosen] * 2)
-            inputs["ref_rejected_logps"] = torch.cat([reference.rejected] * 2)
+            inputs["ref_chosen_logps"] = torch.cat([reference.chosen] * 2).to(self._device)
+            inputs["ref_rejected_logps"] = torch.cat([reference.rejected] * 2).to(self._device)
         with mock.patch("trl.trainer.utils._use_triton", lambda _: True):
             loss: Tensor = self.trainer.compute_loss(self.trainer.model, inputs)
         return loss
@@ -88,4 +98,4 @@ class TrlSteps:
             for row in rows
         ]
         inputs: dict[str, Tensor] = self.trainer.data_collator(examples)
-        return inputs
+        return {name: tensor.to(self._device) for name, tensor in inputs.items()}

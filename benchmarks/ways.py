@@ -101,17 +101,23 @@ def make_bench(
     return Bench(policy, policy.packing, trl, optimizers, make_autocast(precision, torch.device("cpu")))
 
 
-def draw_rows(shape: str, rng: np.random.Generator) -> list[TokenizedPair]:
-    """One step's rows."""
+def draw_rows(
+    shape: str, rng: np.random.Generator, *, count: int = BATCH_ROWS, vocab_size: int = 32000, scale: float = 1.0
+) -> list[TokenizedPair]:
+    """Rows of random tokens.
+
+    Args:
+        scale: of the shape's lengths.
+    """
 
     def tokens(mean: int) -> tuple[int, ...]:
-        length = max(2, round(rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD)))
-        return tuple(rng.integers(3, 32000, length).tolist())
+        length = max(2, round(scale * rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD)))
+        return tuple(rng.integers(3, vocab_size, length).tolist())
 
     prompt, chosen, rejected = SHAPES[shape]
     return [
         TokenizedPair(row, int(rng.integers(1, NUM_USERS + 1)), (1, *tokens(prompt)), tokens(chosen), tokens(rejected))
-        for row in range(BATCH_ROWS)
+        for row in range(count)
     ]
 
 
@@ -189,10 +195,14 @@ TRL_WAYS = ("trl", "trl_pre", "trl_compiled")
 COMPILED_WAYS = ("compiled", "trl_compiled")
 
 
+def has_trl() -> bool:
+    """Whether TRL's ways can be run."""
+    return all(importlib.util.find_spec(name) for name in ("trl", "peft"))
+
+
 def ways_here() -> list[str]:
     """Those that can be run: TRL's where it is installed, compiled ones where there is a compiler."""
-    has_trl = all(importlib.util.find_spec(name) for name in ("trl", "peft"))
-    left_out = (() if has_trl else TRL_WAYS) + (() if shutil.which("g++") else COMPILED_WAYS)
+    left_out = (() if has_trl() else TRL_WAYS) + (() if shutil.which("g++") else COMPILED_WAYS)
     return [way for way in WAYS if way not in left_out]
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import gpu
 from benchmarks.cpu import useful_flops
-from benchmarks.ways import NUM_USER_TOKENS
+from benchmarks.ways import NUM_USER_TOKENS, has_trl
 from prlhf.data.tokenize import TokenizedPair
 
 
@@ -22,18 +22,25 @@ def test_one_command_measures_every_job_and_writes_figures_and_table(tmp_path: P
     out = tmp_path / "gpu.json"
     gpu.main(["--tiny", "--repeats", "1", "--out", str(out)])
     results = json.loads(out.read_text())["results"]
-    assert [(result["model"], result["train"]) for result in results] == [
-        ("1B", "LoRA"), ("1B", "full"), ("8B", "LoRA")
+    expected = [
+        ("1B", "LoRA", "160 tokens", "prlhf"),
+        ("1B", "full", "160 tokens", "prlhf"),
+        ("8B", "LoRA", "160 tokens", "prlhf"),
+        ("8B", "LoRA", "tldr", "prlhf"),
+        *([("8B", "LoRA", "tldr", "TRL, known reference")] if has_trl() else []),
     ]
+    assert [(result["model"], result["train"], result["rows"], result["by"]) for result in results] == expected
     for result in results:
         assert 0 < result["share_of_matmul_rate"] < 2 and result["peak_gib"] > 0
         assert result["rows_per_s"] == pytest.approx(4 / result["step_s"])
-        # A tree has a prompt of 40 to 119 tokens, 10 of the soft prompt, and two responses that end at 160.
-        assert 2 * 201 < result["tokens_per_s"] / result["rows_per_s"] < 2 * 281
+        # A tree has a prompt of 40 to 119 tokens, 10 of the soft prompt, and two responses that end at 160; one of
+        # tldr's shape some 54, 10 and twice 5.
+        least, most = (201, 281) if result["rows"] == "160 tokens" else (40, 120)
+        assert 2 * least < result["tokens_per_s"] / result["rows_per_s"] < 2 * most
         assert len(result["losses"]) == 3 and all(abs(loss - math.log(2)) < 0.2 for loss in result["losses"])
     about, _, *table = out.with_suffix(".md").read_text().strip().splitlines()
     assert about.startswith("20") and "`python -m benchmarks.gpu`" in about and "torch" in about
-    assert len(table) == 2 + 3
+    assert len(table) == 2 + len(expected)
 
 
 def test_without_a_gpu_it_refuses_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +54,7 @@ def test_micro_batches_are_halved_until_they_fit(monkeypatch: pytest.MonkeyPatch
     setting = gpu.Setting("cpu", gpu.tiny_models(), 160, 8, 8, 64, 1, 0)
     tried: list[int] = []
 
-    def measure(setting: gpu.Setting, model: str, *, lora: bool, microbatch_rows: int) -> dict[str, Any]:
+    def measure(setting: gpu.Setting, work: gpu.Work, *, microbatch_rows: int) -> dict[str, Any]:
         tried.append(microbatch_rows)
         if microbatch_rows > limit:
             raise torch.OutOfMemoryError
@@ -55,10 +62,27 @@ def test_micro_batches_are_halved_until_they_fit(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(gpu, "measure", measure)
     limit = 2
-    assert gpu.measure_what_fits(setting, "1B", lora=True) == {"microbatch_rows": 2} and tried == [8, 4, 2]
+    assert gpu.measure_what_fits(setting, gpu.JOBS["1B-lora"]) == {"microbatch_rows": 2} and tried == [8, 4, 2]
     limit = 0
     with pytest.raises(torch.OutOfMemoryError):
-        gpu.measure_what_fits(setting, "1B", lora=True)
+        gpu.measure_what_fits(setting, gpu.JOBS["1B-lora"])
+
+
+@pytest.mark.peer
+@pytest.mark.slow
+def test_trls_job_makes_the_steps_of_prlhfs_rows() -> None:
+    """Without a step taken both say ln 2 of the same rows; the reference that TRL is given is its own."""
+    pytest.importorskip("trl")
+    setting = gpu.Setting("cpu", gpu.tiny_models(), 160, 4, 2, 64, 1, 0)
+    ours, theirs = (
+        kind(setting, gpu.JOBS[name], microbatch_rows=2)
+        for kind, name in ((gpu.PrlhfJob, "8B-lora-tldr"), (gpu.TrlJob, "8B-lora-tldr-trl"))
+    )
+    assert ours.steps == theirs.steps
+    assert abs(theirs.run_step(0) - math.log(2)) < 1e-3
+    before = [parameter.detach().clone() for parameter in theirs.trl.parameters()]
+    theirs.run_step(1)
+    assert not any(map(torch.equal, before, theirs.trl.parameters()))
 
 
 def test_every_sequence_has_the_same_length() -> None:
