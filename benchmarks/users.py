@@ -3,7 +3,8 @@
     python -m benchmarks.users --directory /tmp/users_bench --out users.json
 
 A step is the users' part alone, forward to optimizer, of 16 rows of random users; memory is that after 200 steps,
-without the pages of the tables' files, which the system may take back, and with them.
+without the pages of the tables' files, which the system may take back, and with them. Whole steps are P-DPO steps of
+`builtin:tiny` with LoRA on four rows of the shape psoups, and memory is that of their process, users' ids included.
 
 Low-rank users have 16 numbers, individual ones a soft prompt of 10 x 384. Ids are 32 random hexadecimal digits, so an
 append changes pages all over the index. Each size is written by one process and read by another, each with peak memory
@@ -15,6 +16,7 @@ what they are without the time that the process was ready and waited for a core 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,13 +31,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.document import describe_run, write_section
 from benchmarks.memory import memory_kib
+from benchmarks.ways import ALPHA, BATCH_ROWS, BETA, NUM_USER_TOKENS, draw_rows
+from prlhf.data.collate import collate_pairs
+from prlhf.data.records import UserIndex
+from prlhf.engine.build import make_autocast
+from prlhf.engine.objective import Objective
 from prlhf.engine.optim import all_reduce_gradients_, clip_gradients_, make_optimizer
+from prlhf.engine.reference import LiveReference
+from prlhf.engine.step import train_step_
 from prlhf.evaluation.report import make_table
-from prlhf.usermodel import IndividualUserModel, LowRankUserModel
+from prlhf.models.backbone import BUILTIN_TINY, embedding_dim, load_backbone
+from prlhf.models.lora import add_lora_
+from prlhf.models.packing import Packing, set_up_packing_
+from prlhf.models.policy import PersonalizedPolicy
+from prlhf.usermodel import IndividualUserModel, LowRankUserModel, UserModel
 from prlhf.usermodel.store import RowField, UserStore
 
 KINDS = {
@@ -60,7 +74,8 @@ TABLES = (
     ("low-rank", 1_000_000),
     ("low-rank", 10_000_000),
 )
-NUM_STEPS = 200
+NUM_STEPS, NUM_WHOLE_STEPS = 200, 20
+WHOLE = (("individual", 1_000), ("individual", 1_000_000), ("low-rank", 1_000), ("low-rank", 10_000_000))
 
 
 def user_id(index: int) -> str:
@@ -109,13 +124,59 @@ def read_users(directory: Path, kind: str, num_users: int, batch: int) -> dict[s
     return {**figures, "read_peak_mib": peak_mib()}
 
 
-def train_users(kind: str, num_users: int) -> dict[str, float]:
-    """Median milliseconds of a step's users' part, and resident memory after the last."""
-    sizes = {"num_users": num_users, "num_user_tokens": 10, "dim": 384}
+def make_user_model(kind: str, num_users: int, *, dim: int) -> tuple[UserModel, torch.Generator]:
+    """A user model with random soft prompts, and the generator that they came from."""
+    sizes = {"num_users": num_users, "num_user_tokens": NUM_USER_TOKENS, "dim": dim}
     model = IndividualUserModel(**sizes) if kind == "individual" else LowRankUserModel(rank=16, **sizes)
     generator = torch.Generator().manual_seed(0)
-    initial = torch.randn(model.num_initial, 10, 384, generator=generator)
+    initial = 0.02 * torch.randn(model.num_initial, NUM_USER_TOKENS, dim, generator=generator)
     model.init_(initial if model.num_initial > 1 else initial[0])
+    return model, generator
+
+
+def train_models(kind: str, num_users: int) -> dict[str, float]:
+    """Median seconds of whole steps, the first left out, and resident memory after the last."""
+    backbone, tokenizer = load_backbone(BUILTIN_TINY)
+    packing = set_up_packing_(backbone)
+    assert isinstance(packing, Packing)
+    model, generator = make_user_model(kind, num_users, dim=embedding_dim(backbone))
+    users = UserIndex([user_id(index) for index in range(num_users)])
+    policy = PersonalizedPolicy(backbone, tokenizer, user_encoder=model, users=users)
+    policy.packing = packing
+    add_lora_(policy.backbone, rank=8, alpha=16.0, dropout=0.0, targets="auto")
+    rates = {"lr": 1e-3, "user_lr": 1e-3, "cluster_lr": 1e-3, "encoder_lr": 1e-3}
+    optimizer = make_optimizer(policy.trainable(), weight_decay=0.0, **rates)
+    rng, seconds, unhindered = np.random.default_rng(0), [], []
+    for _ in range(NUM_WHOLE_STEPS + 1):
+        drawn = torch.randint(1, num_users + 1, (BATCH_ROWS,), generator=generator).tolist()
+        rows = draw_rows("psoups", rng, vocab_size=len(tokenizer))
+        rows = [dataclasses.replace(row, user_id=user) for row, user in zip(rows, drawn, strict=True)]
+        batch = collate_pairs(rows, pad_id=0)
+        reference = LiveReference(policy.reference)(batch)
+        began, waited = time.perf_counter(), waited_for_core_s()
+        train_step_(
+            policy,
+            optimizer,
+            Objective("pdpo", beta=BETA, alpha=ALPHA),
+            [batch],
+            reference_of=lambda _, known=reference: known,
+            num_global_rows=BATCH_ROWS,
+            max_grad_norm=1.0,
+            autocast=make_autocast("fp32", torch.device("cpu")),
+        )
+        seconds.append(time.perf_counter() - began)
+        unhindered.append(seconds[-1] - waited_for_core_s() + waited)
+    return {
+        "step_s": statistics.median(seconds[1:]),
+        "unhindered_step_s": statistics.median(unhindered[1:]),
+        "resident_mib": memory_kib()["VmRSS"] / 1024,
+        "peak_mib": peak_mib(),
+    }
+
+
+def train_users(kind: str, num_users: int) -> dict[str, float]:
+    """Median milliseconds of a step's users' part, and resident memory after the last."""
+    model, generator = make_user_model(kind, num_users, dim=384)
     parameters = {f"user_encoder.{name}": parameter for name, parameter in model.named_parameters()}
     optimizer = make_optimizer(parameters, lr=1e-3, user_lr=1e-3, cluster_lr=1e-3, encoder_lr=1e-3, weight_decay=0.0)
     seconds, unhindered = [], []
@@ -212,6 +273,23 @@ def format_steps(results: Sequence[dict[str, Any]]) -> str:
     return make_table(header, [[r["kind"], f"{r['num_users']:,}", *(f"{r[key]:.1f}" for key in keys)] for r in results])
 
 
+def format_whole(results: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table of whole steps."""
+    header = ["users", "number", "whole step s", "unhindered", "resident MiB", "peak MiB"]
+    rows = [
+        [
+            r["kind"],
+            f"{r['num_users']:,}",
+            f"{r['step_s']:.3f}",
+            f"{r['unhindered_step_s']:.3f}",
+            f"{r['resident_mib']:.0f}",
+            f"{r['peak_mib']:.0f}",
+        ]
+        for r in results
+    ]
+    return make_table(header, rows)
+
+
 def main() -> None:
     """Measure every size; print a table and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -226,8 +304,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.half:
         half, kind, num_users = args.half
-        if half == "train":
-            figures = train_users(kind, int(num_users))
+        if half in ("train", "whole"):
+            figures = (train_users if half == "train" else train_models)(kind, int(num_users))
         else:
             batch = args.batch // 10 if kind.startswith("individual") else args.batch
             work = {"append": append_users, "read": read_users}[half]
@@ -236,15 +314,18 @@ def main() -> None:
         return
     steps = [run_apart("train", kind, num, args) for kind, num in TABLES if num <= args.max_users]
     sys.stdout.write(format_steps(steps) + "\n\n")
+    whole = [run_apart("whole", kind, num, args) for kind, num in WHOLE if num <= args.max_users]
+    sys.stdout.write(format_whole(whole) + "\n\n")
     stores = [measure(kind, num, args) for kind, num in SIZES if kind in args.kinds and num <= args.max_users]
     sys.stdout.write(format_results(stores) + "\n")
     setting = {"torch": torch.__version__, "python": platform.python_version(), "batch": args.batch}
     if args.out:
-        figures = {"setting": setting, "steps": steps, "stores": stores}
+        figures = {"setting": setting, "steps": steps, "whole_steps": whole, "stores": stores}
         args.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if args.document:
         about = describe_run("python -m benchmarks.users", **setting)
-        write_section(args.document, "users", "\n\n".join([about, format_steps(steps), format_results(stores)]))
+        tables = [format_steps(steps), format_whole(whole), format_results(stores)]
+        write_section(args.document, "users", "\n\n".join([about, *tables]))
 
 
 if __name__ == "__main__":

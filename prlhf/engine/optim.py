@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from prlhf.distributed import all_gather_rows, all_reduce_sum, world_size
 from prlhf.sharding import is_sharded, local_part
-from prlhf.usermodel.row_table import RowTable, lazy_zeros
+from prlhf.usermodel.row_table import RowTable, lazy_zeros, let_go_pages
 
 BUCKET_ELEMENTS = 16 * 2**20
+RESIDENT_BYTES = 32 * 2**20  # of large tables' rows and moments that steps touch before their pages are let go
 CHECKED_ROWS = 1024  # of a large table, copied at a time
 ROW_TABLES = ("user_encoder.offsets", "user_encoder.weights")  # a row a user
 
@@ -30,6 +31,7 @@ class RowLazyAdamW(torch.optim.AdamW):
         super().__init__(groups, fused=fused)
         self.unsaved_rows: set[int] = set()  # of a large table, moved since a checkpoint was written or read
         self.saved_in: Path | None = None
+        self._touched_bytes = 0
 
     @torch.no_grad()
     def is_finite(self, parameter: Tensor) -> bool:
@@ -55,6 +57,9 @@ class RowLazyAdamW(torch.optim.AdamW):
         for table, grad, group in tables:
             table.grad = grad
             self._step_rows_(table, grad, group)
+        if self._touched_bytes > RESIDENT_BYTES:
+            let_go_pages()
+            self._touched_bytes = 0
 
     def _step_rows_(self, table: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[table]
@@ -69,6 +74,7 @@ class RowLazyAdamW(torch.optim.AdamW):
         rows, grad = rows[moved], grad[moved]
         if isinstance(table, RowTable):
             self.unsaved_rows.update(rows.tolist())
+            self._touched_bytes += 3 * grad.numel() * grad.element_size()
         beta1, beta2 = group["betas"]
         state["step"][rows] += 1
         mean = state["exp_avg"][rows].lerp(grad, 1 - beta1)

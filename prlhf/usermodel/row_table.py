@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 LARGE_TABLE_BYTES = 4 * 2**20
+_mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # of all tensors of `lazy_zeros` that are left
 
 
 class RowTable(nn.Parameter):
@@ -41,7 +43,17 @@ def lazy_zeros(*shape: int) -> Tensor:
         file.truncate(num_bytes)
         pages = mmap.mmap(file.fileno(), num_bytes)
     pages.madvise(mmap.MADV_RANDOM)  # reading ahead would bring pages that nobody uses into being
+    _mapped.add(pages)
     return torch.frombuffer(pages, dtype=torch.float32).view(shape)
+
+
+def let_go_pages() -> None:
+    """Take the pages of all `lazy_zeros` out of this process's memory, where rows that were used once would stay.
+
+    What is written stays with the system, which brings a page back when it is used again.
+    """
+    for pages in _mapped:
+        pages.madvise(mmap.MADV_DONTNEED)  # of a shared mapping of a file, so nothing is lost
 
 
 @torch.no_grad()

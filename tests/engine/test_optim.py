@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.memory import memory_kib
 from prlhf.distributed import rank, world_size
 from prlhf.engine.build import build_job
 from prlhf.engine.optim import (
@@ -215,3 +216,24 @@ def test_a_large_table_costs_what_its_rows_cost() -> None:
     optimizer.step()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20 * 1024  # KiB
     assert model.offsets[125_000].abs().min() > 0 and not model.offsets[125_001].any()
+
+
+def test_rows_that_were_trained_do_not_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty steps of 64 users touch 118 MB of rows and moments; what is let go is there when it is asked for."""
+    model = IndividualUserModel(num_users=100_000, num_user_tokens=10, dim=384)
+    model.init_(torch.ones(10, 384))
+    parameters = {f"user_encoder.{name}": parameter for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(parameters, lr=0.1, user_lr=0.1, cluster_lr=0.1, encoder_lr=0.1, weight_decay=0.0)
+    monkeypatch.setattr("prlhf.engine.optim.RESIDENT_BYTES", 8 * 2**20)
+    for step in range(41):
+        model(torch.arange(1, 65) + 64 * step).sum().backward()
+        all_reduce_gradients_(parameters.values())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not step:  # what comes with the first step is taken
+            before = memory_kib()["VmRSS"]
+    assert memory_kib()["VmRSS"] - before < 40 * 1024
+    trained = model.offsets[: 64 * 41]
+    # Every gradient is 1 and every step a first one: a rate each.
+    torch.testing.assert_close(trained, torch.full_like(trained, -0.1), rtol=0, atol=1e-6)
+    assert not model.offsets[64 * 41].any()
