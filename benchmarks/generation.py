@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from benchmarks.document import describe_run, write_section
-from prlhf.data.records import UserIndex
+from prlhf.data.user_index import UserIndex
 from prlhf.evaluation.report import make_table
 from prlhf.generation import SamplingOptions, generate_ids
 from prlhf.models.backbone import BUILTIN_TINY, embedding_dim, input_embedding, load_backbone

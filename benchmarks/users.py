@@ -38,7 +38,7 @@ from benchmarks.document import describe_run, write_section
 from benchmarks.memory import memory_kib
 from benchmarks.ways import ALPHA, BATCH_ROWS, BETA, NUM_USER_TOKENS, draw_rows
 from prlhf.data.collate import collate_pairs
-from prlhf.data.records import UserIndex
+from prlhf.data.user_index import UserIndex
 from prlhf.engine.build import make_autocast
 from prlhf.engine.objective import Objective
 from prlhf.engine.optim import all_reduce_gradients_, clip_gradients_, make_optimizer

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.trl_way import TrlSteps
 from prlhf.data.collate import PairBatch, collate_pairs
-from prlhf.data.records import UserIndex
 from prlhf.data.tokenize import TokenizedPair
+from prlhf.data.user_index import UserIndex
 from prlhf.engine.build import make_autocast
 from prlhf.engine.objective import Objective, ReferenceLogps
 from prlhf.engine.reference import LiveReference

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from prlhf.data.collate import PairBatch, collate_pairs
-from prlhf.data.records import UserIndex
 from prlhf.data.tokenize import TokenizedPair
+from prlhf.data.user_index import UserIndex
 from prlhf.models.backbone import embedding_dim, save_backbone
 from prlhf.models.head import find_head
 from prlhf.models.lora import add_lora_

@@ -13,7 +13,7 @@ from torch import Tensor
 from prlhf.adapt.checkpoint_rows import RECEIPT
 from prlhf.data.context import UserFacts, facts_record
 from prlhf.data.quoting import quote
-from prlhf.data.records import UserIndex
+from prlhf.data.user_index import UserIndex
 from prlhf.engine.tombstones import TOMBSTONES, find_forgotten, refuse_forgotten
 from prlhf.errors import DataError
 from prlhf.evaluation.run_files import FIGURES, figures_with_users

@@ -24,7 +24,8 @@ from prlhf.adapt.laplace import Laplace, fit_margins
 from prlhf.adapt.margins import Judgment, Margins
 from prlhf.adapt.opposite import LOG_PRIOR, wanted_opposites, with_opposites
 from prlhf.adapt.population import GaussianPrior, Population, make_population
-from prlhf.data.records import GENERIC_USER_ID, JudgedRow, PreferenceRow
+from prlhf.data.records import JudgedRow, PreferenceRow
+from prlhf.data.user_index import GENERIC_USER_ID
 from prlhf.models.personalized import PersonalizedModel
 
 MAX_STEPS = 12

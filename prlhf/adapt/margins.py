@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from prlhf.data.collate import ResponseTree, collate_trees
-from prlhf.data.records import GENERIC_USER_ID
 from prlhf.data.sampler import cut_packs
+from prlhf.data.user_index import GENERIC_USER_ID
 from prlhf.models.backbone import pad_token_id
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy

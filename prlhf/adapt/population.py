@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prlhf.data.records import GENERIC_USER_ID
+from prlhf.data.user_index import GENERIC_USER_ID
 from prlhf.usermodel import UserModel
 from prlhf.usermodel.base import gather_rows
 

@@ -9,9 +9,10 @@ from typing import Any
 from prlhf.data.collate import IGNORE_INDEX, collate_pairs
 from prlhf.data.prepared import SPLITS
 from prlhf.data.quoting import quote
-from prlhf.data.records import PreferenceData, PreferenceRow, UserIndex, pair_content
+from prlhf.data.records import PreferenceData, PreferenceRow, pair_content
 from prlhf.data.splits import prompt_group
 from prlhf.data.tokenize import TokenizedPair, tokenize_pairs
+from prlhf.data.user_index import UserIndex
 
 SHOWN_ROWS = 3
 SHOWN_USERS = 20

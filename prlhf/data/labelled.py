@@ -7,17 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from prlhf.data.records import (
-    GENERIC_USER_ID,
-    LabelledData,
-    LabelledRow,
-    PreferenceData,
-    PreferenceRow,
-    Prompt,
-    UserIndex,
-    make_pair_id,
-)
+from prlhf.data.records import LabelledData, LabelledRow, PreferenceData, PreferenceRow, Prompt, make_pair_id
 from prlhf.data.tokenize import Tokenized, TokenizedLabelled, TokenizedResponse, tokenize_responses
+from prlhf.data.user_index import GENERIC_USER_ID, UserIndex
 from prlhf.errors import DataError
 
 

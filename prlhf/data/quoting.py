@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 
 SHOWN_CHARACTERS = 80
@@ -22,7 +23,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """"; did you mean ..." with the closest known name, or nothing."""
     if len(name) > MATCHABLE_CHARACTERS:
         return ""
-    candidates = [other for other in known if len(other) <= MATCHABLE_CHARACTERS]
+    short = (other for other in known if len(other) <= MATCHABLE_CHARACTERS)
+    candidates = list(itertools.islice(short, MATCHABLE_NAMES + 1))
     if len(candidates) > MATCHABLE_NAMES:
         return ""
     matches = difflib.get_close_matches(name, candidates, n=1)

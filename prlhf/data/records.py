@@ -1,4 +1,4 @@
-"""Rows of preference and response data, and the ids of their users.
+"""Rows of preference and response data.
 
 A user is a string id in files and an int64 from collate on; index 0 is the generic user and has no string id.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from prlhf.data.quoting import did_you_mean, quote
 from prlhf.errors import DataError
 
-GENERIC_USER_ID = 0
 PREFERENCE_FIELDS = ("pair_id", "user_id", "prompt", "chosen", "rejected", "user_text")
 LABELLED_FIELDS = ("user_id", "prompt", "response", "completion", "label", "user_text")
 RESPONSE_FIELDS = ("text", "prompt", "response", "user_text")
@@ -137,45 +135,6 @@ class PreferenceData(JudgedData[PreferenceRow]):
 @dataclass(frozen=True)
 class LabelledData(JudgedData[LabelledRow]):
     """Single responses with a label."""
-
-
-class UserIndex:
-    """String ids of users <-> 1..U.
-
-    Raises: DataError: the same id twice.
-    """
-
-    def __init__(self, user_ids: Sequence[str]) -> None:
-        self.user_ids = tuple(user_ids)
-        self._index = {user_id: index for index, user_id in enumerate(self.user_ids, start=1)}
-        if len(self._index) != len(self.user_ids):
-            twice = Counter(self.user_ids).most_common(1)[0][0]
-            raise DataError(f"user id {quote(twice)} is listed twice; name every user once")
-
-    def __len__(self) -> int:
-        return len(self.user_ids)
-
-    def __contains__(self, user_id: str) -> bool:
-        return user_id in self._index
-
-    def index(self, user_id: str) -> int:
-        """1..U of a known user.
-
-        Raises: DataError: an unknown user.
-        """
-        if user_id not in self._index:
-            hint = did_you_mean(user_id, self.user_ids)
-            raise DataError(f"user {quote(user_id)} is not one of the {len(self)} known users{hint}")
-        return self._index[user_id]
-
-    def user_id(self, index: int) -> str:
-        """String id of index 1..U; the generic user has none.
-
-        Raises: DataError: an index outside 1..U.
-        """
-        if not 1 <= index <= len(self):
-            raise DataError(f"user {index}: expected 1..{len(self)} ({GENERIC_USER_ID}, the generic user, has no id)")
-        return self.user_ids[index - 1]
 
 
 def prompt_record(prompt: Prompt) -> str | list[dict[str, str]]:

@@ -14,8 +14,9 @@ from typing import Any, Generic, TypeVar
 
 from prlhf.data.clean import unusable_reason
 from prlhf.data.quoting import quote
-from prlhf.data.records import GENERIC_USER_ID, LabelledRow, Message, PreferenceRow, Prompt, ResponseRow, UserIndex
+from prlhf.data.records import LabelledRow, Message, PreferenceRow, Prompt, ResponseRow
 from prlhf.data.render import encode_rendered, encode_text, has_chat_template, render, render_prompt
+from prlhf.data.user_index import GENERIC_USER_ID, UserIndex
 from prlhf.errors import DataError
 
 __all__ = [

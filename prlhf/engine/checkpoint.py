@@ -251,7 +251,7 @@ def load_checkpoint_(
     Raises: CheckpointError: another base model, other data, other users, or tensors that do not fit.
     """
     state = read_json(directory / STATE)
-    users = [] if model.users is None else list(model.users.user_ids)
+    users = [] if model.users is None else model.users.user_ids
     wrong = []
     changed = changed_base(model, state)
     if changed:
@@ -262,7 +262,7 @@ def load_checkpoint_(
         logger.warning("%s: a user was forgotten, so the training data is not compared with the run's", directory)
     elif state["data_sha256"] != data_sha256:
         wrong.append(f"{directory}: the training data changed since; restore it or start a run of another name")
-    if read_json(directory / USER_IDS)["user_ids"] != users:
+    if users != read_json(directory / USER_IDS)["user_ids"]:
         wrong.append(f"{directory}: the users changed since; restore the data or start a run of another name")
     if wrong:
         raise CheckpointError(*wrong)

@@ -11,6 +11,7 @@ from typing import Any
 from prlhf.config import Config, config_from_dict, config_to_dict, load_config
 from prlhf.data.load import load_evaluation_file
 from prlhf.data.records import PreferenceData
+from prlhf.data.user_index import UserIndex
 from prlhf.engine.build import evaluation_contexts, load_job_data, load_job_neutral, make_autocast, pick_device
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.engine.child import SignalRelay, is_finished, train_in_child
@@ -63,7 +64,7 @@ def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequ
     model = load_model(directory, device=str(device), packing=config.train.packing)
     is_file = Path(config.data.source).is_file() and config.data.source != own.data.source
     data = _whole_file(Path(config.data.source), own) if is_file else load_preferences(config)
-    data = _known_rows(data, model.users.user_ids if model.user_encoder and model.users else None)
+    data = _known_rows(data, model.users if model.user_encoder else None)
     evaluator = Evaluator(
         config,
         model,
@@ -100,12 +101,12 @@ def load_preferences(config: Config) -> PreferenceData:
     return data
 
 
-def _known_rows(data: PreferenceData, known: tuple[str, ...] | None) -> PreferenceData:
+def _known_rows(data: PreferenceData, known: UserIndex | None) -> PreferenceData:
     """Rows of users the model does not know move to the unseen ones, aloud; only known ones are answered."""
     if known is None:
         return data
     data = dataclasses.replace(data, declared_users=tuple(user for user in data.user_ids() if user in known))
-    unknown = sorted({row.user_id for row in data.eval_seen} - set(known))
+    unknown = sorted({row.user_id for row in data.eval_seen if row.user_id not in known})
     if not unknown:
         return data
     logger.warning(
@@ -113,8 +114,8 @@ def _known_rows(data: PreferenceData, known: tuple[str, ...] | None) -> Preferen
         len(unknown),
         unknown[0],
     )
-    seen = [row for row in data.eval_seen if row.user_id in set(known)]
-    moved = [row for row in data.eval_seen if row.user_id not in set(known)]
+    seen = [row for row in data.eval_seen if row.user_id in known]
+    moved = [row for row in data.eval_seen if row.user_id not in known]
     return dataclasses.replace(data, eval_seen=seen, eval_unseen=[*data.eval_unseen, *moved])
 
 

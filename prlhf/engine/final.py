@@ -16,8 +16,9 @@ from prlhf.config_checks import REFERENCE_FREE_KINDS
 from prlhf.data.check import count_overlap, length_only_accuracy, majority_share
 from prlhf.data.context import UserContexts
 from prlhf.data.load import BUILTIN_TEXT
-from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow, UserIndex
+from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
+from prlhf.data.user_index import UserIndex
 from prlhf.distributed import barrier, counts_of_ranks, is_main
 from prlhf.engine.build import Autocast, Job, evaluation_contexts, restore_reference_, tokenize_limits
 from prlhf.engine.checkpoint import Progress

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from prlhf.data.collate import collate_responses
-from prlhf.data.records import GENERIC_USER_ID
 from prlhf.data.tokenize import TokenizedResponse
+from prlhf.data.user_index import GENERIC_USER_ID
 from prlhf.distributed import all_reduce_any, world_size
 from prlhf.engine.step import Model
 from prlhf.errors import ConfigError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prlhf.data.collate import LabelledBatch, PairBatch, ResponseBatch
-from prlhf.data.records import GENERIC_USER_ID
+from prlhf.data.user_index import GENERIC_USER_ID
 from prlhf.losses import (
     PairwiseKind,
     PreferenceLoss,

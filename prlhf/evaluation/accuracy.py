@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prlhf.data.context import Context
-from prlhf.data.records import GENERIC_USER_ID, PreferenceRow
+from prlhf.data.records import PreferenceRow
 from prlhf.data.tokenize import TokenizedPair
+from prlhf.data.user_index import GENERIC_USER_ID
 from prlhf.errors import ModelError
 from prlhf.evaluation.scoring import score_pair_responses
 from prlhf.models.personalized import PersonalizedModel

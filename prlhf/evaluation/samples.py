@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from prlhf.data.context import NO_CONTEXT, Context
-from prlhf.data.records import GENERIC_USER_ID, Prompt, UserIndex, prompt_record
+from prlhf.data.records import Prompt, prompt_record
 from prlhf.data.tokenize import TokenizedResponse
+from prlhf.data.user_index import GENERIC_USER_ID, UserIndex
 from prlhf.errors import DataError
 from prlhf.evaluation.judges import Judge, RuleJudge, repeated_4gram_share
 from prlhf.evaluation.scoring import TokenSequence, score_sequences

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from prlhf.data.collate import ResponseTree, collate_trees
 from prlhf.data.context import NO_CONTEXT, Context
-from prlhf.data.records import GENERIC_USER_ID
 from prlhf.data.sampler import cut_packs, cut_rows, shard
 from prlhf.data.tokenize import TokenizedLabelled, TokenizedPair
+from prlhf.data.user_index import GENERIC_USER_ID
 from prlhf.distributed import all_reduce_sum, rank, world_size
 from prlhf.models.personalized import PersonalizedModel
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from prlhf.data.records import GENERIC_USER_ID
 from prlhf.data.tokenize import TokenizedResponse
+from prlhf.data.user_index import GENERIC_USER_ID
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.models.policy import PersonalizedPolicy
 

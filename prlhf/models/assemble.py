@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prlhf.data.context import UserContexts, facts_from_record
-from prlhf.data.records import UserIndex
+from prlhf.data.user_index import UserIndex
 from prlhf.errors import CheckpointError
 from prlhf.files import find_damage, read_json
 from prlhf.models.backbone import (

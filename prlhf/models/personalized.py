@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prlhf.data.collate import PairBatch, ResponseBatch
 from prlhf.data.context import ContextBatch, UserContexts, collate_contexts
-from prlhf.data.records import GENERIC_USER_ID, UserIndex
+from prlhf.data.user_index import GENERIC_USER_ID, UserIndex
 from prlhf.errors import DataError
 from prlhf.models.backbone import describe_positions, input_embedding, pad_token_id
 from prlhf.models.head import Head

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from prlhf.data.records import UserIndex
+from prlhf.data.user_index import UserIndex
 from prlhf.errors import CheckpointError
 from prlhf.usermodel import UserModel
 from prlhf.usermodel.row_table import RowTable, lazy_zeros

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from prlhf.config import load_config
-from prlhf.data.records import GENERIC_USER_ID, Prompt
+from prlhf.data.records import Prompt
+from prlhf.data.user_index import GENERIC_USER_ID
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.evaluation.samples import GENERIC, about_users
 from prlhf.generation import SamplingOptions, generate
@@ -27,7 +29,7 @@ class Assistant:
         self._max_prompt_tokens = load_config(directory / CONFIG).data.max_prompt_tokens
 
     @property
-    def users(self) -> tuple[str, ...]:
+    def users(self) -> Sequence[str]:
         """Ids of the known users."""
         return () if self.policy.users is None else self.policy.users.user_ids
 

@@ -14,7 +14,8 @@ from prlhf.data.jsonl_prepare import JsonlOptions, prepare_jsonl
 from prlhf.data.labelled import labelled_from_pairs, pairs_from_labelled, preferences_from_labelled, tokenize_labelled
 from prlhf.data.load import load_judged_data, load_preference_data
 from prlhf.data.prepared import load_prepared
-from prlhf.data.records import LabelledData, LabelledRow, PreferenceRow, UserIndex, labelled_row
+from prlhf.data.records import LabelledData, LabelledRow, PreferenceRow, labelled_row
+from prlhf.data.user_index import UserIndex
 from prlhf.errors import DataError
 from tests.data.toy import make_toy_tokenizer
 

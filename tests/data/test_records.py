@@ -5,21 +5,19 @@ from __future__ import annotations
 import pytest
 
 from prlhf.data.records import (
-    GENERIC_USER_ID,
     Message,
     PreferenceData,
     PreferenceRow,
     ResponseRow,
-    UserIndex,
     make_pair_id,
     pair_content,
     preference_row,
     record_from_row,
     response_row,
 )
+from prlhf.data.user_index import GENERIC_USER_ID, UserIndex
 from prlhf.errors import DataError
 
-HOSTILE_IDS = ["Ā/../", "a\x00b", "\u202eRTL", "😀", "x" * 10_000, " ", "null", "Ａ", "a\nb", '"', "../../etc/passwd"]
 ROW = {"user_id": "u", "prompt": "p", "chosen": "c", "rejected": "r"}
 
 
@@ -38,30 +36,6 @@ def test_user_ids_are_numbered_from_one_in_order_of_first_appearance() -> None:
 def test_declared_users_fix_the_order_even_without_training_rows() -> None:
     data = PreferenceData([row("b")], [], [], [], "test", declared_users=("a", "b"))
     assert data.user_ids() == ["a", "b"]
-
-
-def test_hostile_user_ids_keep_their_own_index() -> None:
-    index = UserIndex(HOSTILE_IDS)
-    assert [index.user_id(index.index(user)) for user in HOSTILE_IDS] == HOSTILE_IDS
-
-
-def test_unknown_user_is_refused_with_the_closest_one_on_a_single_short_line() -> None:
-    with pytest.raises(DataError, match="did you mean 'worker-17'"):
-        UserIndex(["worker-17", "someone"]).index("worker-71")
-    with pytest.raises(DataError) as caught:
-        UserIndex(["a"]).index("\x1b[31m\n" * 5000)
-    assert len(str(caught.value)) < 300 and str(caught.value).isprintable()
-
-
-@pytest.mark.parametrize("index", [0, 3, -1])
-def test_generic_and_absent_indices_have_no_user_id(index: int) -> None:
-    with pytest.raises(DataError, match="expected 1..2"):
-        UserIndex(["a", "b"]).user_id(index)
-
-
-def test_user_listed_twice_is_refused_by_name() -> None:
-    with pytest.raises(DataError, match="'b' is listed twice"):
-        UserIndex(["a", "b", "c", "b"])
 
 
 def test_pair_id_does_not_depend_on_the_verdict_but_on_every_text() -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tokenizers.normalizers import NFC
 from transformers import LlamaTokenizer
 
-from prlhf.data.records import Message, PreferenceRow, ResponseRow, UserIndex
+from prlhf.data.records import Message, PreferenceRow, ResponseRow
 from prlhf.data.tokenize import encode_prompt, tokenize_pairs, tokenize_responses
+from prlhf.data.user_index import UserIndex
 from prlhf.errors import DataError
 
 LIMITS = {"max_tokens": 400, "max_prompt_tokens": 200, "num_user_tokens": 10}

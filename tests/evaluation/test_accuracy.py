@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from prlhf.data.collate import collate_responses
-from prlhf.data.records import GENERIC_USER_ID, PreferenceRow
+from prlhf.data.records import PreferenceRow
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
+from prlhf.data.user_index import GENERIC_USER_ID
 from prlhf.evaluation import scoring
 from prlhf.evaluation.accuracy import (
     PairMargins,
