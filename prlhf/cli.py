@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="one page on one run or several: curves, users, answers")
     report.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run directories")
     report.add_argument("--out", type=Path, metavar="FILE", help="the page (default: report.html in the first run)")
+    report.add_argument("--figures", type=Path, metavar="DIR", help="also write the figures as SVG files")
     report.set_defaults(run=_report)
 
     score = commands.add_parser("score", help="scores of a reward model for every response of a file")
@@ -205,7 +206,7 @@ def _sweep(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from prlhf.evaluation.html_report import write_report
 
-    sys.stdout.write(f"{write_report(args.runs, args.out)}\n")
+    sys.stdout.write(f"{write_report(args.runs, args.out, args.figures)}\n")
     return 0
 
 

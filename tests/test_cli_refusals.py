@@ -229,6 +229,7 @@ def test_where_nothing_can_be_written_is_said_before_any_work(run: Run, trained:
         ("adapt", tiny, "--user", "", "--out", tmp_path / "x"),
         ("adapt", tiny, "--user", "\udcff", "--out", tmp_path / "x"),
         ("report", tiny, "--out", file / "x"),
+        ("report", tiny, "--out", tmp_path / "page.html", "--figures", file / "x"),
         ("compare", "seed=1"),
     ):
         assert len(run.refused(*command)) == 1, command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from prlhf.evaluation.figure_data import (
 )
 from prlhf.evaluation.run_files import RunFiles, read_runs
 from prlhf.evaluation.win_table import rates_between
-from prlhf.files import write_text_atomic
+from prlhf.files import MAX_NAME_BYTES, write_text_atomic
 
 REPORT = "report.html"
 NUM_WORST = 10
@@ -35,6 +36,7 @@ TRAINING = {
     "gradient norm": "grad_norm",
     "learning rate": "learning_rate",
 }
+IMAGE = '<img src="data:image/svg+xml;base64,'
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -54,12 +56,13 @@ summary { cursor: pointer }
 """
 
 
-def write_report(folders: Sequence[Path], out: Path | None) -> Path:
+def write_report(folders: Sequence[Path], out: Path | None, figures_in: Path | None = None) -> Path:
     """Write the page.
 
     Args:
         folders: run directories, finished or not.
         out: the page, or an existing directory for it; None: the first run's directory.
+        figures_in: a directory for the page's figures as SVG files, too; None: the page alone.
     Returns: where the page is.
     Raises: ConfigError: matplotlib is missing. DataError: no run directory, or a damaged file in one.
     """
@@ -68,7 +71,13 @@ def write_report(folders: Sequence[Path], out: Path | None) -> Path:
     target = folders[0] if out is None else out
     path = target / REPORT if target.is_dir() else target
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(path, render_report(runs))
+    page = render_report(runs)
+    write_text_atomic(path, page)
+    if figures_in is not None:
+        figures_in.mkdir(parents=True, exist_ok=True)
+        for image, alt in re.findall(f'{re.escape(IMAGE)}([^"]*)" alt="([^"]*)"', page):
+            name = re.sub(r"[^A-Za-z0-9.-]+", "_", html.unescape(alt))[:MAX_NAME_BYTES]
+            write_text_atomic(figures_in / f"{name}.svg", base64.b64decode(image).decode("utf-8"))
     return path
 
 
@@ -247,7 +256,7 @@ def _users(run: RunFiles) -> list[str]:
 
 def _figure(draw: Callable[[Any], None], alt: str, caption: str) -> str:
     data = base64.b64encode(figures.to_svg(draw).encode("utf-8")).decode("ascii")
-    image = f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(alt)}">'
+    image = f'{IMAGE}{data}" alt="{escape(alt)}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 

@@ -213,6 +213,15 @@ def test_the_command_says_where_the_page_is(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
 
 
+def test_figures_are_files_too_where_a_directory_is_given(tmp_path: Path) -> None:
+    run, folder = finished_run(tmp_path / "a&b"), tmp_path / "new" / "figures"
+    assert main(["report", str(run), "--figures", str(folder)]) == 0
+    page = Page((run / "report.html").read_text(encoding="utf-8"))
+    assert {path.name for path in folder.iterdir()} >= {"Training_curves.svg", "Accuracy_of_each_user_of_a_b.svg"}
+    assert len(list(folder.iterdir())) == sum(tag == "img" for tag, _ in page.tags)
+    assert all("<svg" in path.read_text(encoding="utf-8") for path in folder.iterdir())
+
+
 def test_a_folder_that_is_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: no run directory (no config.yaml); give runs/NAME\n"
