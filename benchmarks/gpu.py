@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu --out gpu.json      # under ten minutes; writes gpu.json and gpu.md
 
-Models have the shapes of Llama-3.2-1B and Llama-3-8B and random weights, made on the device. A step is prlhf's own: 16
+Models have the shapes of Llama-3.2-1B and Llama-3-8B and random weights, made on the device. A step of prlhf's is 16
 rows of P-DPO, both terms, packed, known log-probs of the reference, bf16 autocast, fused AdamW. Prompt and response of
-every sequence have 1024 tokens together, the soft prompt included. LoRA keeps frozen weights in bf16; full fine-tuning
-has float32 weights. Before every step the matmul rate is measured, and FLOPs are counted as in `benchmarks/cpu.py`: two
-trees a row, nothing for recomputation or adapters. Micro-batches are halved until they fit.
+every sequence have 1024 tokens together, the soft prompt included; the `tldr` jobs have rows of that shape as in
+`benchmarks/cpu.py`, and one of them is TRL's DPOTrainer with known log-probs of the reference and every row twice,
+where TRL is installed. LoRA keeps frozen weights in bf16; full fine-tuning has float32 weights. Before every step the
+matmul rate is measured, and FLOPs are counted as in `benchmarks/cpu.py`: two trees a row, nothing for recomputation or
+adapters. Micro-batches are halved until they fit.
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ def test_where_nothing_can_be_written_is_said_before_any_work(run: Run, trained:
         ("compare", "seed=1"),
     ):
         assert len(run.refused(*command)) == 1, command
-    assert file.read_text() == "mine"
+    assert file.read_text() == "mine" and not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize("command", ["adapt", "forget", "export"])

@@ -16,7 +16,7 @@ _TEXT = {"encoding": "utf-8", "errors": "surrogatepass"}
 
 
 class UserIds(Sequence[str]):
-    """Ids in one line of bytes, each made a str when it is asked for: 28 bytes and its text, where a str in a dict has
+    """Ids in one line of bytes, each made a str when it is asked for: 20 bytes and its text, where a str in a dict has
     some 200.
 
     Equal to any tuple or list of the same ids.
@@ -59,6 +59,9 @@ class UserIds(Sequence[str]):
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[UserIds], tuple[list[str]]]:
+        return UserIds, (list(self),)  # hashes are of this process alone
 
     def __repr__(self) -> str:
         return f"UserIds({list(self[:4])}{', ...' if len(self) > 4 else ''})"

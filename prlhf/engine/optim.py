@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from prlhf.sharding import is_sharded, local_part
 from prlhf.usermodel.row_table import RowTable, lazy_zeros, let_go_pages
 
 BUCKET_ELEMENTS = 16 * 2**20
-RESIDENT_BYTES = 32 * 2**20  # of large tables' rows and moments that steps touch before their pages are let go
+RESIDENT_BYTES = 32 * 2**20  # of large tables' pages that steps touch before they are let go
 CHECKED_ROWS = 1024  # of a large table, copied at a time
 ROW_TABLES = ("user_encoder.offsets", "user_encoder.weights")  # a row a user
 
@@ -74,7 +75,7 @@ class RowLazyAdamW(torch.optim.AdamW):
         rows, grad = rows[moved], grad[moved]
         if isinstance(table, RowTable):
             self.unsaved_rows.update(rows.tolist())
-            self._touched_bytes += 3 * grad.numel() * grad.element_size()
+            self._touched_bytes += len(rows) * touched_bytes(table)
         beta1, beta2 = group["betas"]
         state["step"][rows] += 1
         mean = state["exp_avg"][rows].lerp(grad, 1 - beta1)
@@ -83,6 +84,13 @@ class RowLazyAdamW(torch.optim.AdamW):
         steps = state["step"][rows].view(-1, *[1] * (grad.dim() - 1))
         mean, square = mean / (1 - beta1**steps), square / (1 - beta2**steps)
         table.index_add_(0, rows, -group["lr"] * mean / (square.sqrt() + group["eps"]))
+
+
+def touched_bytes(table: Tensor) -> int:
+    """Of the pages that a step of one row brings into memory, of a table on the CPU and its three moments; else 0."""
+    if table.device.type != "cpu":
+        return 0
+    return 3 * max(table[:1].numel() * table.element_size(), PAGESIZE) + PAGESIZE
 
 
 def _zeros_beside(table: Tensor, *shape: int) -> Tensor:

@@ -70,14 +70,16 @@ def write_report(folders: Sequence[Path], out: Path | None, figures_in: Path | N
     runs = read_runs(folders)
     target = folders[0] if out is None else out
     path = target / REPORT if target.is_dir() else target
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (path.parent, figures_in):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     page = render_report(runs)
     write_text_atomic(path, page)
     if figures_in is not None:
-        figures_in.mkdir(parents=True, exist_ok=True)
-        for image, alt in re.findall(f'{re.escape(IMAGE)}([^"]*)" alt="([^"]*)"', page):
-            name = re.sub(r"[^A-Za-z0-9.-]+", "_", html.unescape(alt))[:MAX_NAME_BYTES]
-            write_text_atomic(figures_in / f"{name}.svg", base64.b64decode(image).decode("utf-8"))
+        images = re.findall(f'{re.escape(IMAGE)}([^"]*)" alt="([^"]*)"', page)
+        for number, (image, alt) in enumerate(images, start=1):
+            name = re.sub(r"[^A-Za-z0-9.-]+", "_", html.unescape(alt))[: MAX_NAME_BYTES - 8]
+            write_text_atomic(figures_in / f"{number:02d}_{name}.svg", base64.b64decode(image).decode("utf-8"))
     return path
 
 

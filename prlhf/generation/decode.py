@@ -118,12 +118,13 @@ class _Batch:
 
     def read_heads_(self, requests: Sequence[Request]) -> None:
         """Read BOS and soft prompt of each user once, whatever number of prompts goes on from there."""
-        num_bos = self.policy.soft_prompt.num_bos
-        firsts = {_reader(request): request for request in requests}
-        self.heads = {reader: place for place, reader in enumerate(firsts)}
-        heads = [first._replace(prompt_ids=first.prompt_ids[:num_bos]) for first in firsts.values()]
-        with self.cache.reading_heads():
-            _read(self.policy.backbone, _embed(self.policy, heads)[0], self.cache)
+        readers = list(dict.fromkeys(_reader(self.policy, request) for request in requests))
+        self.heads = {reader: place for place, reader in enumerate(readers)}
+        most = max(1, PREFILL_TOKENS // (self.policy.soft_prompt.num_bos + self.policy.soft_prompt.num_user_tokens))
+        for start in range(0, len(readers), most):
+            heads = [Request(*reader) for reader in readers[start : start + most]]
+            with self.cache.reading_heads():
+                _read(self.policy.backbone, _embed(self.policy, heads)[0], self.cache)
 
     def join_(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
         """Read prompts, equal ones once, and let their rows take part."""
@@ -131,7 +132,7 @@ class _Batch:
         sources = [places[request] for request in requests]
         read, heads, num_head = list(places), None, 0
         if self.heads:
-            heads = [self.heads[_reader(request)] for request in read]
+            heads = [self.heads[_reader(self.policy, request)] for request in read]
             num_bos = self.policy.soft_prompt.num_bos
             num_head = num_bos + self.policy.soft_prompt.num_user_tokens
             read = [Request(request.prompt_ids[num_bos:], None, None) for request in read]
@@ -158,17 +159,17 @@ class _Batch:
         self.embeds = list(input_embedding(self.policy.backbone)(read_next))
 
 
-_Reader = tuple[int | None, Context | None]
+_Reader = tuple[tuple[int, ...], int | None, Context | None]  # what a head depends on
 
 
-def _reader(request: Request) -> _Reader:
-    return request.user_id, request.context
+def _reader(policy: PersonalizedPolicy, request: Request) -> _Reader:
+    return request.prompt_ids[: policy.soft_prompt.num_bos], request.user_id, request.context
 
 
 def _share_heads(policy: PersonalizedPolicy, requests: Sequence[Request]) -> bool:
     """Whether users' soft prompts are read ahead of their prompts: where that spares much of the reading."""
-    readers = {_reader(request) for request in requests}
-    if len(readers) > MAX_HEADS or any(user is None for user, _ in readers):
+    readers = {_reader(policy, request) for request in requests}
+    if len(readers) > MAX_HEADS or any(user is None for _, user, _ in readers):
         return False
     num_bos, num_soft = policy.soft_prompt.num_bos, policy.soft_prompt.num_user_tokens
     lengths = [len(request.prompt_ids) for request in set(requests)]

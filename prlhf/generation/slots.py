@@ -72,7 +72,9 @@ class SlotCache(Cache):
 
     @contextmanager
     def reading_heads(self) -> Iterator[None]:
-        """Inside, the backbone reads what many prompts begin with, all of one length; kept beside the rows."""
+        """Inside, the backbone reads what many prompts begin with, all of one length; kept beside the rows and behind
+        the heads that were read before.
+        """
         self._columns.reads_heads = True
         yield
         self._columns.reads_heads = False
@@ -137,7 +139,7 @@ class _SlotLayer(DynamicLayer):
 
     keys: Any
     values: Any
-    heads: tuple[Tensor, Tensor]  # keys and values (heads, H, length, E), once some were read
+    heads: Any = None  # keys and values (heads, H, length, E), once some were read
 
     def __init__(self, columns: _Columns) -> None:
         super().__init__()
@@ -158,8 +160,11 @@ class _SlotLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         columns = self.columns
         if columns.reads_heads:
-            self.heads = key_states, value_states
-            return self.heads
+            if self.heads is None:
+                self.heads = key_states, value_states
+            else:
+                self.heads = torch.cat([self.heads[0], key_states]), torch.cat([self.heads[1], value_states])
+            return key_states, value_states
         if columns.joining is not None and columns.heads is not None:
             head_keys, head_values = (head[columns.heads] for head in self.heads)
             key_states = torch.cat([head_keys, key_states], dim=2)

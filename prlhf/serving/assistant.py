@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,9 @@ class Assistant:
         self._max_prompt_tokens = load_config(directory / CONFIG).data.max_prompt_tokens
 
     @property
-    def users(self) -> Sequence[str]:
+    def users(self) -> tuple[str, ...]:
         """Ids of the known users."""
-        return () if self.policy.users is None else self.policy.users.user_ids
+        return () if self.policy.users is None else tuple(self.policy.users.user_ids)
 
     def answer(self, prompt: Prompt, user: str | None = None, *, user_text: str = "", **sampling: Any) -> str:
         """The answer to one prompt.

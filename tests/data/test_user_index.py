@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
@@ -47,6 +51,19 @@ def test_ids_read_as_the_tuple_that_they_came_as() -> None:
     with pytest.raises(IndexError):
         ids[len(HOSTILE_IDS)]
     assert repr(UserIds(["a", "b"])) == "UserIds(['a', 'b'])"
+
+
+def test_a_process_with_other_hashes_finds_the_ids_that_were_sent_to_it() -> None:
+    sent = pickle.dumps(UserIndex(HOSTILE_IDS))
+    script = "import pickle, sys; print(pickle.load(sys.stdin.buffer).index('null'), hash('null'))"
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", script], input=sent, capture_output=True, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout.split()
+        for seed in ("1", "2")
+    ]
+    assert done[0][0] == done[1][0] == b"7" and done[0][1] != done[1][1]
 
 
 def test_half_a_character_is_an_id_like_others() -> None:

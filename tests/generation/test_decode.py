@@ -113,6 +113,25 @@ def test_the_soft_prompt_of_a_user_with_several_prompts_is_read_once(monkeypatch
     ]
 
 
+def test_heads_are_read_a_few_at_a_time_and_told_apart_by_what_they_begin_with(monkeypatch):
+    monkeypatch.setattr("prlhf.generation.decode.HEAD_SHARE", 0.0)
+    policy = tiny_policy()
+    prompts = [[first, *range(9, 9 + length)] for length in (3, 5, 9) for first in (0, 7)] * 2
+    users = [1] * 6 + [2] * 6
+    expected = [
+        generate_ids(policy, [prompt], [user], options=RAGGED, streams=[i])[0]
+        for i, (prompt, user) in enumerate(zip(prompts, users, strict=True))
+    ]
+    read = []
+    policy.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    width = 1 + policy.soft_prompt.num_user_tokens
+    monkeypatch.setattr("prlhf.generation.decode.PREFILL_TOKENS", 3 * width)
+    assert generate_ids(policy, prompts, users, options=RAGGED) == expected
+    assert read[:2] == [(3, width), (1, width)]  # two users with two beginnings each
+
+
 def test_soft_prompts_are_read_with_their_prompts_where_little_is_spared_or_users_are_many(monkeypatch):
     policy = tiny_policy()
     read = []
