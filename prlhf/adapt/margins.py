@@ -13,6 +13,7 @@ from prlhf.data.collate import ResponseTree, collate_trees
 from prlhf.data.sampler import cut_packs
 from prlhf.data.user_index import GENERIC_USER_ID
 from prlhf.models.backbone import pad_token_id
+from prlhf.models.lora import adapters_folded
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
 from prlhf.usermodel import UserModel
@@ -68,7 +69,8 @@ class Margins:
     @torch.no_grad()
     def values(self, rows: Sequence[int], states: Tensor) -> Tensor:
         """Margins (B,) float64 of judgments `rows` under the flat states (B, S)."""
-        parts = [margins for margins, _ in self._batches(rows, states, False)]
+        with adapters_folded(self.model.backbone):
+            parts = [margins for margins, _ in self._batches(rows, states, False)]
         return self._offset(rows, torch.cat([torch.zeros(0), *parts]))
 
     def table(self, states: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class Margins:
 
     def slopes(self, rows: Sequence[int], states: Tensor) -> tuple[Tensor, Tensor]:
         """Margins (B,) and their gradients (B, S) in the states, float64."""
-        with torch.enable_grad():
+        with torch.enable_grad(), adapters_folded(self.model.backbone):
             parts = list(self._batches(rows, states, True))
         margins = torch.cat([margins.detach() for margins, _ in parts])
         return self._offset(rows, margins), torch.cat([slope for _, slope in parts]).double()

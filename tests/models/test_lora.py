@@ -12,6 +12,7 @@ from prlhf.errors import CheckpointError, ModelError
 from prlhf.models.lora import (
     LoraLinear,
     adapters_disabled,
+    adapters_folded,
     add_lora_,
     load_lora_state_dict_,
     lora_state_dict,
@@ -124,6 +125,32 @@ def test_adapters_come_back_after_an_error_and_after_nesting():
         with adapters_disabled(model):
             pass
         assert not torch.equal(_logits(model), with_adapters)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_folded_adapters_answer_alike_and_leave_no_trace(family):
+    model = _trained(family)
+    with_adapters, weights = _logits(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(KeyError), adapters_folded(model):
+        layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+        assert not any(layer.enabled for layer in layers)
+        torch.testing.assert_close(_logits(model), with_adapters, rtol=1e-4, atol=1e-5)
+        raise KeyError
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert torch.equal(_logits(model), with_adapters)
+
+
+def test_adapters_that_are_off_or_whose_layers_round_more_are_not_folded():
+    model = _trained("llama")
+    with adapters_disabled(model):
+        base = _logits(model)
+        with adapters_folded(model):
+            assert torch.equal(_logits(model), base)
+        assert torch.equal(_logits(model), base)
+    rounded = _trained("llama").to(torch.bfloat16)
+    expected = _logits(rounded)
+    with adapters_folded(rounded):
+        assert torch.equal(_logits(rounded), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
