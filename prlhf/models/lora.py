@@ -55,6 +55,12 @@ class LoraLinear(nn.Module):
         low_rank = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A) * self.scale
         return (output + F.linear(low_rank, self.lora_B)).to(output.dtype)
 
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The base layer's weight and what the adapter adds to it, in the base's shape, float32."""
+        update = self.scale * (self.lora_B @ self.lora_A)
+        return self.base.weight.float() + (update.T if isinstance(self.base, Conv1D) else update)
+
 
 def add_lora_(
     backbone: nn.Module,
@@ -130,9 +136,7 @@ def scale_adapters_(backbone: nn.Module, factor: float) -> None:
 def merge_lora_(backbone: nn.Module) -> None:
     """Add every adapter to its base layer and take it out: the same function, up to rounding in the base's type."""
     for path, layer in _lora_layers(backbone).items():
-        update = layer.scale * (layer.lora_B @ layer.lora_A)
-        weight = layer.base.weight
-        weight.copy_(weight.float() + (update.T if isinstance(layer.base, Conv1D) else update))
+        layer.base.weight.copy_(layer.merged_weight())
         backbone.set_submodule(path, layer.base)
 
 
@@ -172,9 +176,8 @@ def adapters_folded(backbone: nn.Module) -> Iterator[None]:
               if layer.enabled and layer.base.weight.dtype == torch.float32]
     before = [layer.base.weight.data for layer in folded]
     try:
-        for layer, weight in zip(folded, before, strict=True):
-            update = layer.scale * (layer.lora_B.detach() @ layer.lora_A.detach())
-            layer.base.weight.data = weight + (update.T if isinstance(layer.base, Conv1D) else update)
+        for layer in folded:
+            layer.base.weight.data = layer.merged_weight()
             layer.enabled = False
         yield
     finally:
