@@ -84,9 +84,10 @@ def decode(
     longest = max((len(request.prompt_ids) for request in requests), default=0) + policy.soft_prompt.num_user_tokens
     spare = SPARE_COLUMNS if len(requests) > num_slots else 0
     batch = _Batch(policy, SlotCache(num_slots, longest + options.max_new_tokens + spare))
-    if _share_heads(policy, requests):
+    readers = _shared_heads(policy, requests)
+    if readers:
         on_batch()
-        batch.read_heads_(requests)
+        batch.read_heads_(readers)
     joined = 0
     while batch.answers or joined < len(requests):
         waiting, free = len(requests) - joined, num_slots - len(batch.answers)
@@ -116,11 +117,10 @@ class _Batch:
         self.embeds: list[Tensor] = []  # (D,) each, what the rows read next
         self.heads: dict[_Reader, int] = {}  # places of BOS and soft prompt in the cache; of nobody, or of every reader
 
-    def read_heads_(self, requests: Sequence[Request]) -> None:
+    def read_heads_(self, readers: Sequence[_Reader]) -> None:
         """Read BOS and soft prompt of each user once, whatever number of prompts goes on from there."""
-        readers = list(dict.fromkeys(_reader(self.policy, request) for request in requests))
         self.heads = {reader: place for place, reader in enumerate(readers)}
-        most = max(1, PREFILL_TOKENS // (self.policy.soft_prompt.num_bos + self.policy.soft_prompt.num_user_tokens))
+        most = max(1, PREFILL_TOKENS // self.policy.soft_prompt.num_head)
         for start in range(0, len(readers), most):
             heads = [Request(*reader) for reader in readers[start : start + most]]
             with self.cache.reading_heads():
@@ -133,9 +133,8 @@ class _Batch:
         read, heads, num_head = list(places), None, 0
         if self.heads:
             heads = [self.heads[_reader(self.policy, request)] for request in read]
-            num_bos = self.policy.soft_prompt.num_bos
-            num_head = num_bos + self.policy.soft_prompt.num_user_tokens
-            read = [Request(request.prompt_ids[num_bos:], None, None) for request in read]
+            num_head = self.policy.soft_prompt.num_head
+            read = [Request(request.prompt_ids[self.policy.soft_prompt.num_bos :], None, None) for request in read]
         embeds, lengths = _embed(self.policy, read)
         with self.cache.joining(sources, [num_head + lengths[source] - 1 for source in sources], heads):
             if self.heads or embeds.shape[1] > 1:
@@ -166,15 +165,16 @@ def _reader(policy: PersonalizedPolicy, request: Request) -> _Reader:
     return request.prompt_ids[: policy.soft_prompt.num_bos], request.user_id, request.context
 
 
-def _share_heads(policy: PersonalizedPolicy, requests: Sequence[Request]) -> bool:
-    """Whether users' soft prompts are read ahead of their prompts: where that spares much of the reading."""
-    readers = {_reader(policy, request) for request in requests}
+def _shared_heads(policy: PersonalizedPolicy, requests: Sequence[Request]) -> list[_Reader]:
+    """Whose BOS and soft prompt are read ahead of the prompts: everybody's where that spares much of the reading."""
+    readers = list(dict.fromkeys(_reader(policy, request) for request in requests))
     if len(readers) > MAX_HEADS or any(user is None for _, user, _ in readers):
-        return False
-    num_bos, num_soft = policy.soft_prompt.num_bos, policy.soft_prompt.num_user_tokens
+        return []
+    soft_prompt = policy.soft_prompt
     lengths = [len(request.prompt_ids) for request in set(requests)]
-    spared = (len(lengths) - len(readers)) * (num_bos + num_soft)
-    return min(lengths, default=0) > num_bos and spared >= HEAD_SHARE * (sum(lengths) + len(lengths) * num_soft)
+    spared = (len(lengths) - len(readers)) * soft_prompt.num_head
+    pays = spared >= HEAD_SHARE * (sum(lengths) + len(lengths) * soft_prompt.num_user_tokens)
+    return readers if pays and min(lengths, default=0) > soft_prompt.num_bos else []
 
 
 def read_next_(backbone: nn.Module, cache: SlotCache, embeds: Tensor) -> Tensor:

@@ -29,6 +29,11 @@ class SoftPromptAdapter(nn.Module):
         self.num_bos = int(has_bos)
         self.num_user_tokens = num_user_tokens
 
+    @property
+    def num_head(self) -> int:
+        """Positions before the text: BOS and soft prompt."""
+        return self.num_bos + self.num_user_tokens
+
     def forward(self, token_embeds: Tensor, soft_prompt: Tensor) -> Tensor:
         """Join text and soft prompt.
 
