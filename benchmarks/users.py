@@ -304,8 +304,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.half:
         half, kind, num_users = args.half
-        if half in ("train", "whole"):
-            figures = (train_users if half == "train" else train_models)(kind, int(num_users))
+        trainings = {"train": train_users, "whole": train_models}
+        if half in trainings:
+            figures = trainings[half](kind, int(num_users))
         else:
             batch = args.batch // 10 if kind.startswith("individual") else args.batch
             work = {"append": append_users, "read": read_users}[half]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prlhf.distributed import all_gather_rows, all_reduce_sum, world_size
 from prlhf.sharding import is_sharded, local_part
-from prlhf.usermodel.row_table import RowTable, lazy_zeros, let_go_pages
+from prlhf.usermodel.row_table import RowTable, is_mapped, lazy_zeros, let_go_pages
 
 BUCKET_ELEMENTS = 16 * 2**20
 RESIDENT_BYTES = 32 * 2**20  # of large tables' pages that steps touch before they are let go
@@ -75,7 +75,8 @@ class RowLazyAdamW(torch.optim.AdamW):
         rows, grad = rows[moved], grad[moved]
         if isinstance(table, RowTable):
             self.unsaved_rows.update(rows.tolist())
-            self._touched_bytes += len(rows) * touched_bytes(table)
+        if is_mapped(table):
+            self._touched_bytes += len(rows) * _bytes_of_pages(table)
         beta1, beta2 = group["betas"]
         state["step"][rows] += 1
         mean = state["exp_avg"][rows].lerp(grad, 1 - beta1)
@@ -86,15 +87,13 @@ class RowLazyAdamW(torch.optim.AdamW):
         table.index_add_(0, rows, -group["lr"] * mean / (square.sqrt() + group["eps"]))
 
 
-def touched_bytes(table: Tensor) -> int:
-    """Of the pages that a step of one row brings into memory, of a table on the CPU and its three moments; else 0."""
-    if table.device.type != "cpu":
-        return 0
+def _bytes_of_pages(table: Tensor) -> int:
+    """That a step of one row brings into memory: of the table, its two moments and its count of steps."""
     return 3 * max(table[:1].numel() * table.element_size(), PAGESIZE) + PAGESIZE
 
 
 def _zeros_beside(table: Tensor, *shape: int) -> Tensor:
-    if isinstance(table, RowTable) and table.device.type == "cpu":
+    if is_mapped(table):
         return lazy_zeros(*shape)
     return torch.zeros(shape, device=table.device)
 

@@ -56,10 +56,15 @@ def let_go_pages() -> None:
         pages.madvise(mmap.MADV_DONTNEED)  # of a shared mapping of a file, so nothing is lost
 
 
+def is_mapped(table: Tensor) -> bool:
+    """Whether a table, and what stands beside it, is `lazy_zeros`: a large one is where it is made, on the CPU."""
+    return isinstance(table, RowTable) and table.device.type == "cpu"
+
+
 @torch.no_grad()
 def zero_(table: nn.Parameter) -> None:
     """Set a table to zero without touching the pages of a large one."""
-    if isinstance(table, RowTable) and table.device.type == "cpu":
+    if is_mapped(table):
         table.data = lazy_zeros(*table.shape)
     else:
         table.zero_()
