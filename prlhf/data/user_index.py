@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import mmap
+import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prlhf.data.quoting import did_you_mean, quote
 from prlhf.errors import DataError
 
 GENERIC_USER_ID = 0
+LARGE_BYTES = 4 * 2**20  # of ids and their index, from which on they stand in a file
 _TEXT = {"encoding": "utf-8", "errors": "surrogatepass"}
 
 
 class UserIds(Sequence[str]):
     """Ids in one line of bytes, each made a str when it is asked for: 20 bytes and its text, where a str in a dict has
-    some 200.
+    some 200. Those of many users are mapped from a file without a name in the folder for temporary files (TMPDIR), so
+    they take memory where they are used.
 
     Equal to any tuple or list of the same ids.
     """
@@ -28,11 +33,17 @@ class UserIds(Sequence[str]):
             text += user_id.encode(**_TEXT)
             ends.append(len(text))
             hashes.append(hash(user_id))
-        self._text, self._ends = bytes(text), np.frombuffer(ends, dtype=np.int64)
-        unordered = np.frombuffer(hashes, dtype=np.int64) if hashes else np.empty(0, dtype=np.int64)
+        unordered = np.array(hashes, dtype=np.int64)
         order = unordered.argsort(kind="stable")
-        self._hashes = unordered[order]
-        self._order = order.astype(np.int32) if len(order) < 2**31 else order
+        arrays: list[NDArray[Any]] = [
+            np.array(ends, dtype=np.int64),
+            unordered[order],
+            order.astype(np.int32 if len(order) < 2**31 else np.int64),
+            np.frombuffer(text, dtype=np.uint8),
+        ]
+        large = sum(array.nbytes for array in arrays) >= LARGE_BYTES
+        self._pages = _map_(arrays) if large else None
+        self._ends, self._hashes, self._order, self._text = arrays
 
     def __len__(self) -> int:
         return len(self._order)
@@ -45,7 +56,7 @@ class UserIds(Sequence[str]):
         if isinstance(place, slice):
             return tuple(self[i] for i in range(*place.indices(len(self))))
         own = range(len(self))[place]
-        return self._text[self._ends[own] : self._ends[own + 1]].decode(**_TEXT)
+        return self._text[self._ends[own] : self._ends[own + 1]].tobytes().decode(**_TEXT)
 
     def __iter__(self) -> Iterator[str]:
         return (self[place] for place in range(len(self)))
@@ -83,6 +94,28 @@ class UserIds(Sequence[str]):
         places = sorted(self._order[again].tolist())
         return next((self[place] for place in places if self.find(self[place]) != place), None)
 
+    def let_go_pages(self) -> None:
+        """Take what was read of a mapped file out of this process's memory; it is read again when it is asked for."""
+        if self._pages is not None:
+            self._pages.madvise(mmap.MADV_DONTNEED)
+
+
+def _map_(arrays: list[NDArray[Any]]) -> mmap.mmap | None:
+    """Replace arrays by ones that are mapped from a file without a name; None: no room, they stay as they are."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            starts = []
+            for each in arrays:
+                starts.append(file.tell())
+                file.write(each.data)
+            file.flush()
+            pages = mmap.mmap(file.fileno(), file.tell())
+    except OSError:
+        return None
+    for place, (start, each) in enumerate(zip(starts, arrays, strict=True)):
+        arrays[place] = np.frombuffer(pages, dtype=each.dtype, count=len(each), offset=start)
+    return pages
+
 
 class UserIndex:
     """String ids of users <-> 1..U.
@@ -95,6 +128,7 @@ class UserIndex:
         twice = self.user_ids.find_twice()
         if twice is not None:
             raise DataError(f"user id {quote(twice)} is listed twice; name every user once")
+        self.user_ids.let_go_pages()
 
     def __len__(self) -> int:
         return len(self.user_ids)

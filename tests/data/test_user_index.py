@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import subprocess
@@ -15,6 +16,13 @@ from prlhf.data.user_index import UserIds, UserIndex
 from prlhf.errors import DataError
 
 HOSTILE_IDS = ["Ā/../", "a\x00b", "\u202eRTL", "😀", "x" * 10_000, " ", "null", "Ａ", "a\nb", '"', "../../etc/passwd"]
+
+
+@pytest.fixture(params=["in memory", "from a file"], autouse=True)
+def _where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few ids are mapped from a file as many are, too."""
+    if request.param == "from a file":
+        monkeypatch.setattr(user_index, "LARGE_BYTES", 0)
 
 
 def test_hostile_user_ids_keep_their_own_index() -> None:
@@ -81,10 +89,33 @@ def test_ids_of_one_hash_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None
         UserIndex([*names, "7", "119"])
 
 
-def test_a_hundred_thousand_ids_take_little_more_than_their_text() -> None:
+def traced_ids() -> tuple[UserIds, int, int]:
+    """A hundred thousand ids of 32 characters, the bytes that they take, and those that they took at most."""
     tracemalloc.start()
     ids = UserIds(f"{i:032x}" for i in range(100_000))
     taken, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert ids.find(f"{77_777:032x}") == 77_777
+    return ids, taken, peak
+
+
+def test_a_hundred_thousand_ids_take_little_more_than_their_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user_index, "LARGE_BYTES", 2**40)
+    _, taken, peak = traced_ids()
     assert taken < 100_000 * (32 + 30) and peak < 2.5 * taken
+
+
+def test_from_a_file_they_take_no_memory_until_they_are_read() -> None:
+    ids, taken, peak = traced_ids()
+    assert taken < 10_000 and peak < 100_000 * 160
+    assert len(list(ids)) == 100_000
+    ids.let_go_pages()
+    assert ids[99_999] == f"{99_999:032x}"
+
+
+def test_without_room_for_a_file_they_stay_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(user_index.tempfile, "TemporaryFile", full)
+    assert UserIds(HOSTILE_IDS) == HOSTILE_IDS
