@@ -8,8 +8,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 CONFIG = experiments/$(EXP).yaml
 VARIANTS = $(wildcard experiments/$(EXP)_vanilla.yaml experiments/$(EXP)_cluster.yaml)
-TLDR_MODEL := runs/builtin_tldr/model/config.json
-NEEDS = $(if $(filter tldr%,$(EXP)),$(TLDR_MODEL))
+# The supervised model of the tldr and prism experiments, made where it is missing.
+NEEDS = $(foreach world,tldr prism,$(if $(filter $(world)%,$(EXP)),runs/builtin_$(world)/model/config.json))
 EXPERIMENTS = $(patsubst experiments/%.yaml,%,$(shell find experiments -name '*.yaml' -not -path '*/sweeps/*' | sort))
 
 # torch first, so that the package's other requirements are resolved against the version that is wanted.
@@ -26,10 +26,9 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 setup: $(INSTALLED) ## Make .venv with the package in it; the other targets do this the first time
 
-# The supervised model of the tldr experiments.
-$(TLDR_MODEL): | $(INSTALLED)
-	$(BIN)/prlhf train experiments/builtin_tldr.yaml
-	$(BIN)/python -m prlhf.engine.write_builtin runs/builtin_tldr --out $(dir $@)
+runs/builtin_%/model/config.json: | $(INSTALLED)
+	$(BIN)/prlhf train experiments/builtin_$*.yaml
+	$(BIN)/python -m prlhf.engine.write_builtin runs/builtin_$* --out $(dir $@)
 
 train: require-experiment $(INSTALLED) $(NEEDS) ## Train: make train EXP=psoups [NPROC=2] [ARGS="train.lr=1e-4 --max-restarts 3"]
 	$(BIN)/prlhf train $(CONFIG) --nproc $(NPROC) $(ARGS)

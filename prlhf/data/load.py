@@ -21,7 +21,8 @@ BUILTIN_PREFERENCES = (BUILTIN_PSOUPS, BUILTIN_TLDR, BUILTIN_PRISM)
 BUILTIN_TEXT = "builtin:text"
 BUILTIN_TEXT_SECOND = "builtin:text2"
 BUILTIN_TLDR_TEXT = "builtin:tldr_text"
-BUILTIN_RESPONSES = (BUILTIN_TEXT, BUILTIN_TEXT_SECOND, BUILTIN_TLDR_TEXT)
+BUILTIN_PRISM_TEXT = "builtin:prism_text"
+BUILTIN_RESPONSES = (BUILTIN_TEXT, BUILTIN_TEXT_SECOND, BUILTIN_TLDR_TEXT, BUILTIN_PRISM_TEXT)
 MAX_NEUTRAL_TEXTS = 96
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,8 @@ def load_response_rows(
     here; a file of other rows gives 5% of its prompts to dev.
 
     Args:
-        source: "builtin:text", "builtin:text2" (its second stage), "builtin:tldr_text", a built-in set of preferences,
-            a directory with train.jsonl (and dev.jsonl), or one .jsonl file.
+        source: "builtin:text", "builtin:text2" (its second stage), "builtin:tldr_text", "builtin:prism_text", a set of
+            built-in preferences, a directory with train.jsonl (and dev.jsonl), or one .jsonl file.
         seed: see load_preference_data, as for the others.
     Raises: DataError: no such source, or bad data; file and line are named.
     """
@@ -124,6 +125,10 @@ def load_response_rows(
         from prlhf.data.world.tldr import build_tldr_text
 
         return build_tldr_text(seed)
+    if source == BUILTIN_PRISM_TEXT:
+        from prlhf.data.world.prism import build_prism_text
+
+        return build_prism_text(seed)
     if source in BUILTIN_PREFERENCES:
         return _chosen(load_preference_data(source, seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users))
     path = _existing(source, (*BUILTIN_RESPONSES, *BUILTIN_PREFERENCES))

@@ -24,7 +24,8 @@ from prlhf.errors import DataError, ModelError
 
 BUILTIN_TINY = "builtin:tiny"
 BUILTIN_SCRATCH = "builtin:scratch"
-SUPERVISED_TLDR = "runs/builtin_tldr/model"  # where the tldr experiments expect it
+# Where the experiments of these built-in worlds expect their supervised model.
+SUPERVISED = {f"runs/builtin_{world}/model": world for world in ("tldr", "prism")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_NAMES_SHOWN = 5
 PROBE_PROMPT = "Why?"
@@ -92,10 +93,11 @@ def resolve_backbone(name: str) -> Path | str:
             raise ModelError(f"model.backbone {name!r}: {path} has no config.json; give a transformers folder")
         return path
     looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    if name == SUPERVISED_TLDR:
-        raise ModelError(f"model.backbone {name!r}: not there yet; `make train EXP=tldr` trains it first, or do so by "
-                         "`prlhf train experiments/builtin_tldr.yaml` and "
-                         f"`python -m prlhf.engine.write_builtin runs/builtin_tldr --out {name}`")
+    if name in SUPERVISED:
+        world = SUPERVISED[name]
+        raise ModelError(f"model.backbone {name!r}: not there yet; `make train EXP={world}` trains it first, or do so "
+                         f"by `prlhf train experiments/builtin_{world}.yaml` and "
+                         f"`python -m prlhf.engine.write_builtin runs/builtin_{world} --out {name}`")
     if not looks_like_hub_id:
         raise ModelError(f"model.backbone {name!r}: no folder {path}; give a transformers folder or a hub id")
     return name

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from functools import cache
 
 import pytest
 
 from prlhf.data.clean import shared_pairs
-from prlhf.data.records import Message, PreferenceData, PreferenceRow
+from prlhf.data.load import load_response_rows
+from prlhf.data.records import Message, PreferenceData, PreferenceRow, ResponseRow
 from prlhf.data.splits import prompt_group
-from prlhf.data.world.authored import load_heldout_topics, load_tone
-from prlhf.data.world.prism import LABEL_NOISE, SEEN_USERS, UNSEEN_USERS, Person, build_prism, make_people
+from prlhf.data.world.authored import load_heldout_topics, load_instructions, load_tone
+from prlhf.data.world.prism import (
+    LABEL_NOISE,
+    SEEN_USERS,
+    UNSEEN_USERS,
+    Person,
+    build_prism,
+    build_prism_text,
+    make_people,
+)
 from prlhf.data.world.profiles import AGES, draw_profile, load_profiles
 from prlhf.data.world.render import AXES, STYLES
 from prlhf.evaluation.judges import RuleJudge
@@ -28,12 +38,17 @@ def prism(seed: int) -> PreferenceData:
 
 
 @cache
+def text() -> tuple[list[ResponseRow], list[ResponseRow]]:
+    return build_prism_text(0)
+
+
+@cache
 def people(seed: int) -> dict[str, Person]:
     """The people of a world: they are its first draws."""
     return {person.user_id: person for person in make_people(random.Random(f"prism {seed}"))}
 
 
-def messages(row: PreferenceRow) -> tuple[Message, ...]:
+def messages(row: PreferenceRow | ResponseRow) -> tuple[Message, ...]:
     assert isinstance(row.prompt, tuple)
     return row.prompt
 
@@ -193,3 +208,46 @@ def test_each_user_has_a_wish_for_each_axis_of_the_taste() -> None:
         assert ("Keep it short." in wishes[user_id]) != person.taste.informative
         assert ("technical" in wishes[user_id]) == person.taste.expert
         assert ("warm" in wishes[user_id]) == person.taste.friendly
+
+
+def test_the_last_answer_of_the_text_follows_its_wishes() -> None:
+    """Wishes about all axes, some or none, a sentence an axis; without them either side is as likely."""
+    counts: Counter[int] = Counter()
+    for row in text()[0]:
+        told = {
+            axis: wanted for axis in AXES for wanted in (False, True)
+            if any(wish in row.user_text for wish in load_instructions(axis, side=wanted))
+        }
+        assert len(re.findall(r"[.]( |$)", row.user_text)) == len(told), row.user_text
+        assert all(side(row.response, axis) == (1 if wanted else -1) for axis, wanted in told.items()), row
+        counts[len(told)] += 1
+    total = sum(counts.values())
+    # Of four dialogues one has no wish, one each of three with chance one half, two have all.
+    expected = {0: 1 / 4 + 1 / 32, 1: 3 / 32, 2: 3 / 32, 3: 1 / 2 + 1 / 32}
+    for number, share in expected.items():
+        assert abs(counts[number] / total - share) < 4 * (share * (1 - share) / total) ** 0.5
+    for axis in AXES:
+        sides = [side(row.response, axis) for row in text()[0] if not row.user_text]
+        assert abs(sum(sides)) < 4 * len(sides) ** 0.5, axis
+
+
+def test_the_text_has_dialogues_in_any_style_about_topics_that_are_not_held_out() -> None:
+    heldout = [sentence for topic in load_heldout_topics() for sentence in topic.sentences()]
+    names = [topic.name for topic in load_heldout_topics()]
+    train, dev = text()
+    for row in (*train, *dev):
+        roles = [message.role for message in messages(row)]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        assert not any(name in messages(row)[0].content for name in names), messages(row)[0]
+        assert not any(sentence in row.response for sentence in heldout)
+    assert {len(messages(row)) for row in train} == {1, 3, 5}
+    answered = [row for row in train if len(messages(row)) > 1]
+    for axis in AXES:  # an earlier answer says nothing about the last one
+        alike = [side(messages(row)[1].content, axis) * side(row.response, axis) for row in answered]
+        assert abs(sum(alike)) < 4 * len(alike) ** 0.5, axis
+
+
+def test_the_text_is_a_source_of_data_and_a_function_of_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prlhf.data.world.prism.TEXT_DIALOGUES", 40)
+    first, again, other = (load_response_rows("builtin:prism_text", seed=seed, eval_prompts=0.0) for seed in (0, 0, 1))
+    assert first == again == build_prism_text(0) and first[0][0] != other[0][0]

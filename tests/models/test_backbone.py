@@ -169,10 +169,12 @@ def test_earlier_turns_stand_in_front_in_plain_text_for_the_builtin_model():
     assert render_prompt(tokenizer, turns, "I am six.") == expected
 
 
-def test_a_missing_folder_and_an_unknown_builtin_are_refused(tmp_path):
+def test_a_missing_folder_and_an_unknown_builtin_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no supervised model was trained
     assert "no folder" in _refusal(tmp_path / "nothing")
     assert "no folder gpt2" in _refusal("gpt2")
-    assert "`make train EXP=tldr` trains it first" in _refusal("runs/builtin_tldr/model")
+    for world in ("tldr", "prism"):
+        assert f"`make train EXP={world}` trains it first" in _refusal(f"runs/builtin_{world}/model")
     assert "builtin:tiny or builtin:scratch" in _refusal("builtin:large")
 
 

@@ -1,4 +1,7 @@
-"""`builtin:prism`: many people who say who they are, and judge two answers in each turn of their own dialogues."""
+"""`builtin:prism`: many people who say who they are, and judge two answers in each turn of their own dialogues.
+
+`builtin:prism_text`: dialogues whose last answer follows wishes, for the model that preference training starts from.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from prlhf.data.records import Message, PreferenceData, PreferenceRow
+from prlhf.data.records import Message, PreferenceData, PreferenceRow, ResponseRow
 from prlhf.data.world.authored import (
     Topic,
     load_general_text,
@@ -16,7 +19,16 @@ from prlhf.data.world.authored import (
 )
 from prlhf.data.world.profiles import draw_profile, load_profiles
 from prlhf.data.world.psoups import TASTES, draw_phrases
-from prlhf.data.world.render import AXES, STYLES, Request, Style, Tones, render, render_general
+from prlhf.data.world.render import (
+    AXES,
+    STYLES,
+    Request,
+    Style,
+    Tones,
+    draw_instructions,
+    render,
+    render_general,
+)
 
 SEEN_USERS, UNSEEN_USERS = 480, 64  # of each, as many of one taste as of another
 TRAIN_DIALOGUES = 12  # of a seen user; every second one is about a topic without known facts
@@ -24,6 +36,9 @@ DEV_DIALOGUES = 80  # in all
 SEEN_DIALOGUES, UNSEEN_DIALOGUES = 1, 6  # of a user, in evaluation
 TURNS = (1, 1, 1, 2, 2, 3)
 LABEL_NOISE = 0.1  # how often a person takes the other answer
+TEXT_DIALOGUES, TEXT_DEV_DIALOGUES = 14400, 240
+GENERAL_SHARE = 0.5  # of the text's dialogues, those about a topic without known facts
+WISH_SHARES = (0.0, 0.5, 1.0, 1.0)  # how likely an axis is asked for in a dialogue of the text
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,18 @@ def build_prism(seed: int) -> PreferenceData:
     )
 
 
+def build_prism_text(seed: int) -> tuple[list[ResponseRow], list[ResponseRow]]:
+    """(train, dev): dialogues with wishes as the system's text and a last answer that follows them.
+
+    The model that preference training starts from learns here that what is asked for once, at the start, holds for a
+    whole dialogue; the built-in model read single questions. Earlier answers are in any style, wishes are about all
+    axes, some or none. Topics: the training topics, and topics without known facts.
+    """
+    rng = random.Random(f"prism text {seed}")
+    rows = [_draw_text(rng) for _ in range(TEXT_DIALOGUES + TEXT_DEV_DIALOGUES)]
+    return rows[TEXT_DEV_DIALOGUES:], rows[:TEXT_DEV_DIALOGUES]
+
+
 def make_people(rng: random.Random) -> list[Person]:
     """Seen people, then unseen ones; no two have the same text."""
     tastes: list[Style] = []
@@ -95,6 +122,39 @@ def _evaluation(
     dialogues: _Dialogues, split: str, people: Sequence[Person], count: int, topics: Sequence[Topic]
 ) -> list[PreferenceRow]:
     return [row for _ in range(count) for person in people for row in dialogues.draw(split, person, topics)]
+
+
+def _draw_text(rng: random.Random) -> ResponseRow:
+    """One dialogue of `builtin:prism_text`."""
+    topic = None if rng.random() < GENERAL_SHARE else rng.choice(load_training_topics())
+    prompts, facts = _draw_questions(topic, rng.choice(TURNS), rng)
+    styles = [rng.choice(STYLES) for _ in prompts]
+    answers = [
+        render(Request(prompt, topic, fact), style, rng) if topic else render_general(style, rng)
+        for prompt, fact, style in zip(prompts, facts, styles, strict=True)
+    ]
+    turns = [
+        Message(role, text)
+        for pair in zip(prompts, answers, strict=True)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    wishes = draw_instructions(styles[-1], rng, share=rng.choice(WISH_SHARES))
+    return ResponseRow(tuple(turns[:-1]), answers[-1], wishes)
+
+
+def _draw_questions(topic: Topic | None, num_turns: int, rng: random.Random) -> tuple[list[str], list[int]]:
+    """Questions about one topic, and the facts that they ask for (any numbers for a topic without known ones)."""
+    if topic is None:
+        general = load_general_text()
+        name = rng.choice(general.topics)
+        questions = [shape.format(topic=name) for shape, fitting in general.questions if name in fitting]
+    else:
+        name, questions = topic.name, [fact.question for fact in topic.facts]
+    facts = rng.sample(range(len(questions)), num_turns)
+    first, *others = (questions[fact] for fact in facts)
+    opening = rng.choice(load_prompt_templates().question).format(topic=name, question=first)
+    follow_ups = rng.sample(load_profiles().follow_ups, len(others))
+    return [opening, *(shape.format(question=q) for shape, q in zip(follow_ups, others, strict=True))], facts
 
 
 class _Dialogues:
@@ -131,28 +191,13 @@ class _Dialogues:
     def _open(
         self, topics: Sequence[Topic] | None, num_turns: int
     ) -> tuple[Topic | None, list[str], list[int]]:
-        """A topic with questions and facts as of `_ask`, the first in words that open no other dialogue."""
+        """A topic with questions and facts as of `_draw_questions`, the first in words that open no other dialogue."""
         while True:
             topic = self._rng.choice(topics) if topics else None
-            prompts, facts = self._ask(topic, num_turns)
+            prompts, facts = _draw_questions(topic, num_turns, self._rng)
             if prompts[0] not in self._openings:
                 self._openings.add(prompts[0])
                 return topic, prompts, facts
-
-    def _ask(self, topic: Topic | None, num_turns: int) -> tuple[list[str], list[int]]:
-        """Questions about one topic, and the facts that they ask for (any numbers for a topic without known ones)."""
-        rng = self._rng
-        if topic is None:
-            general = load_general_text()
-            name = rng.choice(general.topics)
-            questions = [shape.format(topic=name) for shape, fitting in general.questions if name in fitting]
-        else:
-            name, questions = topic.name, [fact.question for fact in topic.facts]
-        facts = rng.sample(range(len(questions)), num_turns)
-        first, *others = (questions[fact] for fact in facts)
-        opening = rng.choice(load_prompt_templates().question).format(topic=name, question=first)
-        follow_ups = rng.sample(load_profiles().follow_ups, len(others))
-        return [opening, *(shape.format(question=q) for shape, q in zip(follow_ups, others, strict=True))], facts
 
     def _answer(self, axis: str, request: Request | None) -> dict[bool, str]:
         """An answer on either side of an axis, alike on the others; about the topic in general without a request."""
