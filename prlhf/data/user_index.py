@@ -36,13 +36,13 @@ class UserIds(Sequence[str]):
         unordered = np.array(hashes, dtype=np.int64)
         order = unordered.argsort(kind="stable")
         arrays: list[NDArray[Any]] = [
-            np.array(ends, dtype=np.int64),
+            np.frombuffer(ends, dtype=np.int64),
             unordered[order],
             order.astype(np.int32 if len(order) < 2**31 else np.int64),
             np.frombuffer(text, dtype=np.uint8),
         ]
-        large = sum(array.nbytes for array in arrays) >= LARGE_BYTES
-        self._pages = _map_(arrays) if large else None
+        num_bytes = sum(each.nbytes for each in arrays)
+        self._pages = _map_(arrays) if num_bytes >= LARGE_BYTES else None
         self._ends, self._hashes, self._order, self._text = arrays
 
     def __len__(self) -> int:
@@ -104,16 +104,16 @@ def _map_(arrays: list[NDArray[Any]]) -> mmap.mmap | None:
     """Replace arrays by ones that are mapped from a file without a name; None: no room, they stay as they are."""
     try:
         with tempfile.TemporaryFile() as file:
-            starts = []
             for each in arrays:
-                starts.append(file.tell())
                 file.write(each.data)
             file.flush()
-            pages = mmap.mmap(file.fileno(), file.tell())
+            pages = mmap.mmap(file.fileno(), 0)
     except OSError:
         return None
-    for place, (start, each) in enumerate(zip(starts, arrays, strict=True)):
+    start = 0
+    for place, each in enumerate(arrays):
         arrays[place] = np.frombuffer(pages, dtype=each.dtype, count=len(each), offset=start)
+        start += each.nbytes
     return pages
 
 

@@ -129,17 +129,12 @@ def _draw_text(rng: random.Random) -> ResponseRow:
     topic = None if rng.random() < GENERAL_SHARE else rng.choice(load_training_topics())
     prompts, facts = _draw_questions(topic, rng.choice(TURNS), rng)
     styles = [rng.choice(STYLES) for _ in prompts]
-    answers = [
-        render(Request(prompt, topic, fact), style, rng) if topic else render_general(style, rng)
-        for prompt, fact, style in zip(prompts, facts, styles, strict=True)
-    ]
-    turns = [
-        Message(role, text)
-        for pair in zip(prompts, answers, strict=True)
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
+    messages: list[Message] = []
+    for prompt, fact, style in zip(prompts, facts, styles, strict=True):
+        answer = render(Request(prompt, topic, fact), style, rng) if topic else render_general(style, rng)
+        messages += [Message("user", prompt), Message("assistant", answer)]
     wishes = draw_instructions(styles[-1], rng, share=rng.choice(WISH_SHARES))
-    return ResponseRow(tuple(turns[:-1]), answers[-1], wishes)
+    return ResponseRow(tuple(messages[:-1]), messages[-1].content, wishes)
 
 
 def _draw_questions(topic: Topic | None, num_turns: int, rng: random.Random) -> tuple[list[str], list[int]]:
