@@ -109,7 +109,7 @@ def load_response_rows(
     """Load (train, dev) rows for sft: {"text"}, {"prompt", "response"}, or the chosen responses of preference rows.
 
     A single file of preference rows is split as for preference training, so that prompts held out there stay unknown
-    here; a file of other rows gives 5% of its prompts to dev.
+    here; a file of other rows gives 5% of its prompts to dev. Rows with a label are refused.
 
     Args:
         source: "builtin:text", "builtin:text2" (its second stage), "builtin:tldr_text", "builtin:prism_text", a set of

@@ -213,11 +213,15 @@ def is_labelled(record: Mapping[str, Any]) -> bool:
 def response_row(record: dict[str, Any], where: str) -> ResponseRow:
     """Read a row for sft: {"text"}, {"prompt", "response"}, or a preference row, of which it takes the chosen response.
 
-    Raises: DataError: none of the three, or a field has the wrong type.
+    Raises: DataError: none of the three, a judgment by label, which may be of a bad response, or a field of the wrong
+        type.
     """
     user_text = _text(record, "user_text", where)
     if "text" in record:
         return ResponseRow(prompt="", response=_response(record, "text", where), user_text=user_text)
+    if is_labelled(record):
+        raise DataError(f"{where}: has a label, and every response is taken for a good one here; train on judgments "
+                        "with method dpo or pdpo and loss.kind kto, or, for sft, keep the good ones without label")
     for name in ("response", "chosen"):
         if name in record:
             prompt = _prompt(_required(record, "prompt", where), where)

@@ -60,6 +60,16 @@ def test_a_file_of_two_kinds_of_rows_is_refused(tmp_path: Path) -> None:
         load_response_rows(source, **OPTIONS)
 
 
+@pytest.mark.parametrize("name", ["response", "completion"])
+def test_sft_imitates_no_response_that_somebody_judged_by_a_label(tmp_path: Path, name: str) -> None:
+    thumbs = [{"user_id": "u", "prompt": f"p{number}", name: "r", "label": number % 2 == 0} for number in range(40)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for source in (write(tmp_path / "rows.jsonl", thumbs), write(folder / "train.jsonl", thumbs)):
+        with pytest.raises(DataError, match=r"\.jsonl:1: has a label, .*method dpo or pdpo and loss.kind kto"):
+            load_response_rows(source if source.endswith("rows.jsonl") else str(folder), **OPTIONS)
+
+
 def test_columns_without_a_meaning_are_named_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = write(tmp_path / "rows.jsonl", [{**record, "user_txt": "x"} for record in preferences()])
     with caplog.at_level("WARNING"):
