@@ -17,7 +17,7 @@ _SHARE_BELOW_ONE: _Limit = (lambda value: 0 <= value < 1, "a number from 0 to be
 PERSONAL_METHODS = ("pdpo", "prm")
 USER_KINDS = ("uniform", "individual", "cluster", "low_rank", "text", "history")
 SHRUNK_KINDS = ("individual", "low_rank")
-ENCODER_KINDS = ("text", "history")
+MIXED_KINDS = ("cluster", "low_rank", "text", "history")  # with texts: each starts one of several shared soft prompts
 REFERENCE_FREE_KINDS = ("simpo", "orpo")
 # Settings of the loss that some kinds alone read; with any other kind they keep their defaults.
 _KINDS_OF_SETTING = {
@@ -162,10 +162,10 @@ def _misfits_of_texts(user: Any) -> Iterator[Problem]:
     if (user.init == "texts") != (count > 0):
         text = f"got {user.init} with {count} user.init_texts, expected texts with one or more, or none with another"
         yield Problem(("user.init", "user.init_texts"), text)
+    elif count == 1 and user.kind in MIXED_KINDS:
+        text = f"got 1 with user.kind {user.kind}, expected 2 or more: users differ in what sets the texts apart"
+        yield Problem(("user.init_texts", "user.kind"), text)
     elif count:
-        if user.kind in ENCODER_KINDS and count == 1:
-            text = f"got {count} with user.kind {user.kind}, expected 2 or more: users are mixtures of them"
-            yield Problem(("user.init_texts", "user.kind"), text)
         for key, kind, number in (("num_clusters", "cluster", user.num_clusters), ("rank", "low_rank", user.rank)):
             if user.kind == kind and number != count:
                 text = f"got {number} with {count} user.init_texts, expected {count}: each starts one soft prompt"
