@@ -166,6 +166,10 @@ def _misfits_of_texts(user: Any) -> Iterator[Problem]:
         text = f"got 1 with user.kind {user.kind}, expected 2 or more: users differ in what sets the texts apart"
         yield Problem(("user.init_texts", "user.kind"), text)
     elif count:
+        repeated = [text for i, text in enumerate(user.init_texts) if text in user.init_texts[:i]]
+        if repeated and user.kind in MIXED_KINDS:
+            text = f"got {show(repeated[0])} twice with user.kind {user.kind}, expected texts that all differ"
+            yield Problem(("user.init_texts", "user.kind"), text)
         for key, kind, number in (("num_clusters", "cluster", user.num_clusters), ("rank", "low_rank", user.rank)):
             if user.kind == kind and number != count:
                 text = f"got {number} with {count} user.init_texts, expected {count}: each starts one soft prompt"

@@ -126,6 +126,11 @@ def test_a_number_is_finite(value: object) -> None:
         ({"user": {"kind": "low_rank", "init": "texts", "init_texts": ["a"]}}, "user.init_texts"),
         ({"user": {"kind": "low_rank", "rank": 1, "init": "texts", "init_texts": ["a"]}}, "user.init_texts"),
         ({"user": {"kind": "cluster", "init": "texts", "init_texts": ["a"]}}, "user.init_texts"),
+        *[
+            ({"user": {"kind": kind, "init": "texts", "init_texts": ["a", "b", "a"], "num_clusters": 3, "rank": 3}},
+             "user.init_texts")
+            for kind in ("cluster", "low_rank", "text", "history")
+        ],
         ({"user": {"kind": "cluster", "init": "texts", "init_texts": ["a", "b"]}}, "user.num_clusters"),
         ({"user": {"kind": "low_rank", "init": "texts", "init_texts": ["a", "b"]}}, "user.rank"),
         ({"method": "sft", "user": {"kind": "none"}, "train": {"group_pairs": True}}, "train.group_pairs"),
@@ -157,6 +162,7 @@ def test_settings_that_cannot_work_are_refused(data: dict[str, Any], key: str) -
         {"user": {"kind": "low_rank", "prior": 0.1}},
         {"user": {"kind": "low_rank", "rank": 2, "init": "texts", "init_texts": ["a", "b"]}},
         {"user": {"init": "texts", "init_texts": ["a", "b"]}},
+        {"user": {"init": "texts", "init_texts": ["a", "b", "a"]}},
         {"user": {"kind": "history", "history_pairs": 1}},
     ],
 )

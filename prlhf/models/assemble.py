@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prlhf.data.context import UserContexts, facts_from_record
 from prlhf.data.user_index import UserIndex
-from prlhf.errors import CheckpointError
+from prlhf.errors import CheckpointError, ConfigError
 from prlhf.files import find_damage, read_json
 from prlhf.models.backbone import (
     changed_architecture,
@@ -33,7 +33,7 @@ from prlhf.models.packing import Packing, set_up_packing_
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
-from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts, embed_texts
+from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts, embed_texts, first_of_equal
 from prlhf.models.tensor_files import StoredTensors
 from prlhf.models.user_rows import SHARDS, STORE, read_on_demand_, read_rows_, table_of_store
 from prlhf.models.weights_hash import hash_weights, state_of_files
@@ -170,7 +170,7 @@ def init_user_encoder_(policy: PersonalizedModel, spec: PolicySpec, probes: Sequ
     Args:
         probes: token ids of a few texts of the job, at least one; they measure the disturbance. BOS first where there
             is one, and two tokens or more.
-    Raises: ConfigError: texts that the soft prompts cannot start as.
+    Raises: ConfigError: texts that the soft prompts cannot start as, or more soft prompts than there are to draw.
     """
     assert policy.user_encoder is not None and min(map(len, probes)) > 1
     count = policy.user_encoder.num_initial
@@ -189,6 +189,9 @@ def _start_as_texts(policy: PersonalizedModel, spec: PolicySpec, count: int) -> 
         spec.user_init_texts,
         num_user_tokens=spec.num_user_tokens,
     ).float()
+    if count > 1 and len(first_of_equal(texts)) < len(texts):
+        raise ConfigError(f"user.init_texts: some of {list(spec.user_init_texts)} fill user.num_user_tokens "
+                          f"({spec.num_user_tokens}) with the same tokens, and each starts a soft prompt; change them")
     return texts if len(texts) == count else torch.cat([texts.mean(dim=0, keepdim=True), texts])[:count]
 
 
@@ -209,6 +212,11 @@ def _draw_mild(policy: PersonalizedModel, spec: PolicySpec, probes: Sequence[Seq
             forbidden=set(policy.tokenizer.all_special_ids),
             generator=generator,
         ).float()
+    candidates = candidates[first_of_equal(candidates)]  # equal ones would get equal gradients and never part
+    if len(candidates) < count:
+        raise ConfigError(f"user.num_user_tokens: got {spec.num_user_tokens}, for which {len(candidates)} different "
+                          f"starts were drawn, expected {count}, one for each soft prompt; use more tokens, or fewer "
+                          "soft prompts (user.num_clusters, user.rank)")
     with policy.evaluating():
         disturbance = torch.stack([_disturbance(policy, candidates, probe) for probe in probes]).mean(dim=0)
     return candidates[disturbance.argsort(stable=True)[:count].sort().values]

@@ -92,3 +92,12 @@ def embed_texts(embedding: nn.Module, tokenizer: Any, texts: Sequence[str], *, n
         raise ConfigError(*wrong)
     filled = torch.tensor([(ids * num_user_tokens)[:num_user_tokens] for ids in token_ids])
     return embedding(filled.to(next(embedding.parameters()).device))
+
+
+def first_of_equal(prompts: Tensor) -> list[int]:
+    """Places of the soft prompts (N, T, D) that equal none before them, in order."""
+    _, group_of = prompts.flatten(1).unique(dim=0, return_inverse=True)
+    first: dict[int, int] = {}
+    for place, group in enumerate(group_of.tolist()):
+        first.setdefault(group, place)
+    return list(first.values())

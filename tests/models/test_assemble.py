@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from prlhf.engine.checkpoint import Progress, RunIdentity, save_checkpoint
-from prlhf.errors import CheckpointError, DataError
+from prlhf.errors import CheckpointError, ConfigError, DataError
 from prlhf.files import seal_directory
 from prlhf.models import PersonalizedPolicy, PolicySpec, load_policy, make_policy
 from prlhf.models.assemble import (
@@ -230,6 +230,41 @@ def test_users_start_as_the_mildest_of_several_draws(kind, count, tmp_path):
     started = policy.user_encoder.basis if kind == "cluster" else policy.user_encoder.generic[None]
     assert torch.equal(started, mildest)
     assert scores.max() > 1.05 * scores.min()
+
+
+def test_draws_that_repeat_are_passed_over_and_others_stay_as_they_were(tmp_path):
+    """With one user token and 60 clusters of the 480 draws many are of one token; the mildest of each is taken once."""
+    spec = _spec(save_folder(tmp_path), user_kind="cluster", num_clusters=60, num_user_tokens=1, seed=3)
+    policy = make_policy(spec, USER_IDS)
+    init_user_encoder_(policy, spec, PROBES)
+    draws = draw_vocabulary_prompts(
+        input_embedding(policy.backbone),
+        count=NUM_CANDIDATES * 60,
+        num_user_tokens=1,
+        forbidden={0, 1, 2},
+        vocab_size=len(policy.tokenizer),
+        generator=torch.Generator().manual_seed(3),
+    )
+    distinct = [draw for i, draw in enumerate(draws) if not any(torch.equal(draw, other) for other in draws[:i])]
+    assert 60 < len(distinct) < len(draws)
+    scores = torch.tensor([sum(_divergence(policy.backbone, c, probe) for probe in PROBES) for c in distinct])
+    started = policy.user_encoder.basis
+    assert torch.equal(started, torch.stack([distinct[i] for i in sorted(scores.argsort()[:60].tolist())]))
+
+
+def test_more_clusters_than_there_are_different_starts_are_refused(tmp_path):
+    spec = _spec(save_folder(tmp_path), user_kind="cluster", num_clusters=2000, num_user_tokens=1)
+    policy = make_policy(spec, USER_IDS)
+    with pytest.raises(ConfigError, match=r"user.num_user_tokens: got 1, for which \d+ different starts .* 2000"):
+        init_user_encoder_(policy, spec, PROBES)
+
+
+def test_texts_that_start_soft_prompts_as_the_same_tokens_are_refused(tmp_path):
+    """A short text is repeated until the soft prompt is full."""
+    spec = _spec(save_folder(tmp_path), user_kind="cluster", user_init="texts", user_init_texts=("!", "!!"))
+    policy = make_policy(spec, USER_IDS)
+    with pytest.raises(ConfigError, match=r"user.init_texts: some of \['!', '!!'\] fill user.num_user_tokens \(3\)"):
+        init_user_encoder_(policy, spec, PROBES)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "individual", "cluster", "low_rank", "text", "history"])
