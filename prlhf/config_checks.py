@@ -128,6 +128,9 @@ def _contradictions(config: Any) -> Iterator[Problem]:
         yield Problem(("loss.kind", "method"), f"got {loss.kind} with method {config.method}, expected sigmoid")
     if config.method == "sft" and config.train.group_pairs:
         yield Problem(("train.group_pairs", "method"), "got true with method sft, which has no pairs, expected false")
+    if loss.kind == "kto" and config.train.group_pairs:
+        text = "got true with loss.kind kto, which reads responses one by one, expected false"
+        yield Problem(("train.group_pairs", "loss.kind"), text)
     if user.prior > 0 and user.kind not in SHRUNK_KINDS:
         text = f"got {user.prior} with user.kind {user.kind}, expected 0: only {' and '.join(SHRUNK_KINDS)} have one"
         yield Problem(("user.prior", "user.kind"), text)

@@ -134,6 +134,7 @@ def test_a_number_is_finite(value: object) -> None:
         ({"user": {"kind": "cluster", "init": "texts", "init_texts": ["a", "b"]}}, "user.num_clusters"),
         ({"user": {"kind": "low_rank", "init": "texts", "init_texts": ["a", "b"]}}, "user.rank"),
         ({"method": "sft", "user": {"kind": "none"}, "train": {"group_pairs": True}}, "train.group_pairs"),
+        ({"loss": {"kind": "kto"}, "train": {"group_pairs": True}}, "train.group_pairs"),
         ({"eval": {"temperature": 0.0, "top_p": 0.9}}, "eval.top_p"),
         ({"data": {"max_tokens": 522}}, "data.max_prompt_tokens"),
         ({"model": {"lora": {"targets": []}}}, "model.lora.targets"),

@@ -254,7 +254,7 @@ def make_sampler(config: Config, rows: TokenizedRows) -> Sampler:
     """The order of the training rows; with `train.group_pairs` judgments of one pair come one after the other."""
     groups: list[Hashable] = list(range(len(rows)))
     if config.train.group_pairs:
-        pairs = cast(Sequence[TokenizedPair | TokenizedLabelled], rows)
+        pairs = cast(Sequence[TokenizedPair], rows)
         groups = [(row.prompt_ids, frozenset(row.responses)) for row in pairs]
     return Sampler(groups, batch_rows=config.train.batch_rows, seed=config.seed)
 
