@@ -192,7 +192,12 @@ def writing_directory(final: Path) -> Iterator[Path]:
 
 def find_temporaries(final: Path) -> list[Path]:
     """Directories that `writing_directory` made for a final one and that are still there."""
-    start = f".{final.name}.tmp-"
+    return find_beside(final, "tmp")
+
+
+def find_beside(final: Path, mark: str) -> list[Path]:
+    """Directories `.NAME.MARK-PID` beside the final one, of any process."""
+    start = f".{final.name}.{mark}-"
     beside = final.parent.iterdir() if final.parent.is_dir() else ()
     return [
         path for path in beside

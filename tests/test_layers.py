@@ -23,7 +23,7 @@ LAYERS = [
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-ONLY_ERRORS = LAYERS[2]
+ONLY_FROM = {"losses": ["errors"], "usermodel": ["errors"], "data": ["errors", "files"]}
 PURE_TORCH = {"losses", "usermodel"}
 
 
@@ -68,8 +68,8 @@ def find_violations(imports: dict[str, set[str]]) -> list[str]:
             if root != "prlhf":
                 if home in PURE_TORCH and root != "torch" and root not in sys.stdlib_module_names:
                     violations.append(f"{module} imports {target}: {home} may import torch only")
-            elif home in ONLY_ERRORS and name not in (home, "errors"):
-                violations.append(f"{module} imports {target}: {home} may import prlhf.errors only")
+            elif home in ONLY_FROM and name not in (home, *ONLY_FROM[home]):
+                violations.append(f"{module} imports {target}: {home} may import {' and '.join(ONLY_FROM[home])} only")
             elif name != home and name and LEVEL.get(name, len(LAYERS)) >= LEVEL.get(home, -1):
                 violations.append(f"{module} imports {target}: not a lower layer")
     return violations
@@ -127,9 +127,9 @@ def test_the_check_sees_upward_sideways_and_foreign_imports(tmp_path: Path) -> N
         },
     )
     assert sorted(find_violations(imports)) == [
-        "prlhf.data.collate imports prlhf.distributed: data may import prlhf.errors only",
+        "prlhf.data.collate imports prlhf.distributed: data may import errors and files only",
         "prlhf.losses.dpo imports numpy: losses may import torch only",
-        "prlhf.losses.dpo imports prlhf.data.collate: losses may import prlhf.errors only",
+        "prlhf.losses.dpo imports prlhf.data.collate: losses may import errors only",
         "prlhf.models.policy imports prlhf.engine.step: not a lower layer",
     ]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,10 +31,21 @@ from prlhf.data.records import (
     record_from_row,
 )
 from prlhf.errors import DataError
+from prlhf.files import (
+    find_beside,
+    find_temporaries,
+    fsync_path,
+    lock_beside,
+    publish_directory,
+    remove_directories,
+    remove_temporaries,
+    writing_directory,
+)
 
 SPLITS = ("train", "dev", "eval_seen", "eval_unseen")
 USERS_FILE = "users.json"
 ORIGIN_FILE = "origin.json"
+REPLACED = "old"  # .NAME.old-PID is the directory that is being replaced
 logger = logging.getLogger(__name__)
 
 Located = list[tuple[str, JudgedRow]]
@@ -70,37 +80,30 @@ def write_prepared(
 ) -> PreparedSummary:
     """Write a prepared directory atomically: it appears whole or not at all.
 
+    Of a process that was killed while it replaced one, the next call puts the old one back and removes the rest.
+
     Args:
         force: replace an earlier prepared directory; anything else that is not empty is refused all the same.
         left_out: for the summary.
-    Raises: DataError: the directory exists and is not empty, or cannot be written.
+    Raises: DataError: the directory exists and is not empty, or cannot be written. RunDirError: another process is
+        writing it.
     """
     directory = directory.expanduser().resolve()
-    check_writable(directory, force=force)
-    temporary = directory.with_name(f".{directory.name}.tmp-{os.getpid()}")
-    replaced = directory.with_name(f".{directory.name}.old-{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
-        is_declared = data.declared_users is not None or data.preferences
-        users = _declared(data) if is_declared else None
-        for name in SPLITS:
-            rows = getattr(data, name) if users is None else _without_texts(getattr(data, name), users)
-            write_jsonl(temporary / f"{name}.jsonl", map(record_from_row, rows))
-        if users is not None:
-            write_jsonl(temporary / USERS_FILE, [users])
-        if data.world is not None:
-            write_jsonl(temporary / ORIGIN_FILE, [{"source": data.world, "ceiling": data.ceiling}])
-        if directory.exists():
-            directory.rename(replaced)
-        temporary.rename(directory)
+        with writing_directory(directory) as temporary:
+            _clear_replaced(directory)
+            _refuse_occupied(directory, force=force)
+            _write_files(temporary, data)
+            fsync_path(temporary)
+            try:
+                if directory.exists():
+                    directory.rename(directory.with_name(f".{directory.name}.{REPLACED}-{os.getpid()}"))
+                publish_directory(temporary, directory)
+            finally:
+                _clear_replaced(directory)
     except OSError as error:
         raise DataError(f"{directory}: cannot be written ({error.strerror}); "
                         "free space or choose another --out") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if replaced.exists() and not directory.exists():
-            replaced.rename(directory)
-        shutil.rmtree(replaced, ignore_errors=True)
     num_rows = {name: len(getattr(data, name)) for name in SPLITS}
     return PreparedSummary(directory, num_rows, len(data.user_ids()), dict(left_out or {}))
 
@@ -108,9 +111,20 @@ def write_prepared(
 def check_writable(directory: Path, *, force: bool) -> None:
     """Refuse, before any work, an output directory that holds something.
 
+    What killed processes left of it goes first, and a directory that one had moved away to replace it is put back.
+
     Raises: DataError: it is a file, or not empty and not an earlier prepared directory that `force` may replace.
+        RunDirError: another process is writing it.
     """
     directory = directory.expanduser().resolve()
+    if find_temporaries(directory) or find_beside(directory, REPLACED):
+        with lock_beside(directory):
+            remove_temporaries(directory)
+            _clear_replaced(directory)
+    _refuse_occupied(directory, force=force)
+
+
+def _refuse_occupied(directory: Path, *, force: bool) -> None:
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     if not directory.is_dir():
@@ -186,6 +200,26 @@ def clean_and_warn(path: Path, located: Located) -> list[Any]:
     if dropped:
         logger.warning("%s: left out of %d rows: %s", path, len(located), dropped)
     return rows
+
+
+def _write_files(directory: Path, data: PreferenceData | LabelledData) -> None:
+    is_declared = data.declared_users is not None or data.preferences
+    users = _declared(data) if is_declared else None
+    for name in SPLITS:
+        rows = getattr(data, name) if users is None else _without_texts(getattr(data, name), users)
+        write_jsonl(directory / f"{name}.jsonl", map(record_from_row, rows))
+    if users is not None:
+        write_jsonl(directory / USERS_FILE, [users])
+    if data.world is not None:
+        write_jsonl(directory / ORIGIN_FILE, [{"source": data.world, "ceiling": data.ceiling}])
+
+
+def _clear_replaced(directory: Path) -> None:
+    """Delete what was moved away to be replaced; put it back where nothing took its place. Call it under the lock."""
+    for replaced in find_beside(directory, REPLACED):
+        if not directory.exists():
+            publish_directory(replaced, directory)
+    remove_directories(find_beside(directory, REPLACED))
 
 
 def _load_split(path: Path, on_bad_row: OnBadRow) -> Located:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from prlhf.data import prepared
-from prlhf.data.prepared import load_prepared, write_prepared
+from prlhf.data.prepared import check_writable, load_prepared, write_prepared
 from prlhf.data.records import Message, PreferenceData, PreferenceRow, make_pair_id, record_from_row
 from prlhf.data.world.psoups import build_psoups
-from prlhf.errors import DataError
+from prlhf.errors import DataError, RunDirError
+from prlhf.files import lock_beside
+from tests.forget_run import killed_at
+from tests.tiny_run import Crash
 
 HOSTILE_IDS = ["Ā/../", "a\x00b", "\u202eRTL", "😀\u2028", "x" * 10_000, "../../etc/passwd", "a\nb", '"]}']
 
@@ -142,6 +146,37 @@ def test_a_failed_rename_puts_the_old_directory_back(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
     with pytest.raises(DataError, match="Input/output error"):
         write_prepared(out, data(train=[row("new")]), force=True)
+    assert load_prepared(out).train == [row("old")]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_at_any_moment_the_next_call_finds_the_old_or_the_new_directory_and_no_rubbish(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_prepared(out, data(train=[row("old")]))
+    with killed_at(10**6) as count:
+        write_prepared(out, data(train=[row("new")]), force=True)
+    num_points, away = count[0], 0
+    for point in range(num_points):
+        shutil.rmtree(out)
+        write_prepared(out, data(train=[row("old")]))
+        with pytest.raises(Crash), killed_at(point):
+            write_prepared(out, data(train=[row("new")]), force=True)
+        away += not out.exists()
+        with pytest.raises(DataError, match="already holds prepared data"):
+            write_prepared(out, data(train=[row("other")]))
+        assert load_prepared(out).train in ([row("old")], [row("new")])
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert away > 0
+
+
+def test_before_any_work_what_a_killed_process_left_is_put_back_or_removed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_prepared(out, data(train=[row("old")]))
+    out.rename(tmp_path / ".out.old-1")
+    (tmp_path / ".out.tmp-1").mkdir()
+    with lock_beside(out), pytest.raises(RunDirError, match="in use by process"):
+        check_writable(out, force=True)
+    check_writable(out, force=True)
     assert load_prepared(out).train == [row("old")]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
