@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from prlhf.data.splits import MAX_SEED
 from prlhf.schema import Problem, show
 
 _Limit = tuple[Callable[[Any], bool], str]
@@ -14,6 +15,8 @@ _NOT_NEGATIVE: _Limit = (lambda value: value >= 0, "0 or more")
 _AT_LEAST_ONE: _Limit = (lambda value: value >= 1, "1 or more")
 _SHARE: _Limit = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
 _SHARE_BELOW_ONE: _Limit = (lambda value: 0 <= value < 1, "a number from 0 to below 1")
+_SEED: _Limit = (lambda value: 0 <= value <= MAX_SEED, f"a number from 0 to {MAX_SEED}")
+MAX_THREADS = 1024
 PERSONAL_METHODS = ("pdpo", "prm")
 USER_KINDS = ("uniform", "individual", "cluster", "low_rank", "text", "history")
 SHRUNK_KINDS = ("individual", "low_rank")
@@ -42,13 +45,13 @@ NAME_RULE = "up to 100 letters, digits, '.', '_' or '-', no '.' first"
 
 _LIMITS: dict[str, _Limit] = {
     "name": (lambda value: bool(NAME.fullmatch(value)), NAME_RULE),
-    "seed": _NOT_NEGATIVE,
+    "seed": _SEED,
     "data.source": (bool, "builtin:NAME, a directory or a .jsonl file"),
     "data.max_tokens": _AT_LEAST_ONE,
     "data.max_prompt_tokens": _AT_LEAST_ONE,
     "data.eval_prompts": _SHARE_BELOW_ONE,
     "data.unseen_users": _SHARE_BELOW_ONE,
-    "data.seed": _NOT_NEGATIVE,
+    "data.seed": _SEED,
     "model.backbone": (bool, "builtin:tiny, a path or a hub id"),
     "model.lora.rank": _AT_LEAST_ONE,
     "model.lora.alpha": _ABOVE_ZERO,
@@ -84,7 +87,7 @@ _LIMITS: dict[str, _Limit] = {
     "train.max_grad_norm": _ABOVE_ZERO,
     "train.max_skipped_steps": _AT_LEAST_ONE,
     "train.skip_loss_above": (lambda value: value > 1, "a number above 1"),
-    "train.num_threads": _AT_LEAST_ONE,
+    "train.num_threads": (lambda value: 1 <= value <= MAX_THREADS, f"a number from 1 to {MAX_THREADS}"),
     "train.log_every": _AT_LEAST_ONE,
     "eval.every_steps": _NOT_NEGATIVE,
     "eval.rows": _AT_LEAST_ONE,

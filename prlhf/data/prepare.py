@@ -13,6 +13,7 @@ from prlhf.data.load import BUILTIN_PREFERENCES, load_preference_data
 from prlhf.data.prepared import PreparedSummary, check_writable, write_prepared
 from prlhf.data.prism import prepare_prism
 from prlhf.data.psoups import prepare_psoups
+from prlhf.data.splits import MAX_SEED
 from prlhf.data.tldr import MAX_USERS, prepare_tldr
 from prlhf.errors import DataError
 
@@ -59,8 +60,8 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> PreparedSummary:
-    if args.seed < 0:
-        raise DataError(f"--seed: got {args.seed}, expected at least 0")
+    if not 0 <= args.seed <= MAX_SEED:
+        raise DataError(f"--seed: got {args.seed}, expected 0 to {MAX_SEED}")
     _refuse_foreign_options(args)
     if args.format in BUILTIN_PREFERENCES:
         check_writable(args.out, force=args.force)

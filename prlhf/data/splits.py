@@ -21,6 +21,7 @@ from prlhf.data.records import (
 from prlhf.errors import DataError
 
 DEV_SHARE = 0.05
+MAX_SEED = 4_000_000_000  # numpy's RandomState, which draws as the papers' authors did, takes less than 2**32
 K = TypeVar("K", bound=Hashable)
 Data = TypeVar("Data", PreferenceData, LabelledData)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from prlhf.data.load import load_preference_data
+from prlhf.data.load import BUILTIN_PREFERENCES, load_preference_data
 from prlhf.data.prepare import add_prepare_arguments, run_prepare
 from prlhf.data.prepared import load_prepared
+from prlhf.data.splits import MAX_SEED
 from prlhf.errors import DataError
 from tests.data.test_tldr import NAMES, write_release
 
@@ -77,6 +78,12 @@ def test_options_of_another_format_are_refused(raw: str, tmp_path: Path) -> None
         prepare("convarg", "--out", out)
 
 
-def test_a_seed_below_zero_is_refused(raw: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--seed: got -1"):
-        prepare("jsonl", "--raw", raw, "--out", str(tmp_path / "out"), "--seed", "-1")
+@pytest.mark.parametrize("seed", ["-1", "4000000001", "5000000000"])
+def test_a_seed_that_some_generator_does_not_take_is_refused(raw: str, tmp_path: Path, seed: str) -> None:
+    with pytest.raises(DataError, match=f"--seed: got {seed}, expected 0 to 4000000000"):
+        prepare("jsonl", "--raw", raw, "--out", str(tmp_path / "out"), "--seed", seed)
+
+
+def test_the_largest_seed_draws_every_builtin_world(tmp_path: Path) -> None:
+    for name in BUILTIN_PREFERENCES:
+        assert prepare(name, "--out", str(tmp_path / name), "--seed", str(MAX_SEED)) == 0
