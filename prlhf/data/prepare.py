@@ -60,9 +60,8 @@ def run_prepare(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> PreparedSummary:
-    if not 0 <= args.seed <= MAX_SEED:
-        raise DataError(f"--seed: got {args.seed}, expected 0 to {MAX_SEED}")
     _refuse_foreign_options(args)
+    _refuse_numbers_out_of_range(args)
     if args.format in BUILTIN_PREFERENCES:
         check_writable(args.out, force=args.force)
         data = load_preference_data(args.format, seed=args.seed, eval_prompts=0.0, unseen_users=0.0)
@@ -107,5 +106,18 @@ def _refuse_foreign_options(args: argparse.Namespace) -> None:
         for options, (homes, given) in foreign.items()
         if given and args.format not in homes
     ]
+    if messages:
+        raise DataError(*messages)
+
+
+def _refuse_numbers_out_of_range(args: argparse.Namespace) -> None:
+    """Shares are refused where they are drawn."""
+    messages = [
+        f"{option}: got {count}, expected 1 or more"
+        for option, count in (("--min-judgments", args.min_judgments), ("--max-users", args.max_users))
+        if count is not None and count < 1
+    ]
+    if not 0 <= args.seed <= MAX_SEED:
+        messages.append(f"--seed: got {args.seed}, expected 0 to {MAX_SEED}")
     if messages:
         raise DataError(*messages)

@@ -84,6 +84,14 @@ def test_a_seed_that_some_generator_does_not_take_is_refused(raw: str, tmp_path:
         prepare("jsonl", "--raw", raw, "--out", str(tmp_path / "out"), "--seed", seed)
 
 
+@pytest.mark.parametrize("count", ["0", "-1"])
+@pytest.mark.parametrize(("name", "option"), [("convarg", "max-users"), ("tldr", "max-users"),
+                                              ("convarg", "min-judgments")])
+def test_a_count_below_one_is_refused_before_any_work(tmp_path: Path, name: str, option: str, count: str) -> None:
+    with pytest.raises(DataError, match=f"^--{option}: got {count}, expected 1 or more$"):
+        prepare(name, "--raw", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"), f"--{option}", count)
+
+
 def test_the_largest_seed_draws_every_builtin_world(tmp_path: Path) -> None:
     for name in BUILTIN_PREFERENCES:
         assert prepare(name, "--out", str(tmp_path / name), "--seed", str(MAX_SEED)) == 0
