@@ -17,6 +17,7 @@ from torch import Tensor
 from prlhf.data.context import collate_contexts
 from prlhf.files import seal_directory
 from prlhf.models import PersonalizedModel
+from tests.evaluation.test_report import final_of
 from tests.saved_policies import checkpoint_of, save_policy
 from tests.tiny_run import Crash, preference_record, write_jsonl
 
@@ -45,7 +46,8 @@ def make_run(run_dir: Path, user: str, *, with_texts: bool = False, **settings: 
     for folder in ("eval", "samples"):
         (run_dir / folder).mkdir()
     scores = {name: {"accuracy": 0.5, "num_rows": 2} for name in users}
-    figures = {"step": 7, "per_user": scores, "words": {"per_user": dict.fromkeys(users, 9.0)}, "accuracy": {"mean": 1}}
+    words, data = {"per_user": dict.fromkeys(users, 9.0)}, {"source": "somewhere", "train_rows": 12}
+    figures = final_of(step=7, per_user=scores, words=words, data=data, accuracy={"mean": 1})
     for name in ("final", "step-00000003"):
         (run_dir / "eval" / f"{name}.json").write_text(json.dumps(figures))
     asked = [(name, prompt) for name in users for prompt in ("Tea?", CANARY_TEXT)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,20 @@ def test_every_mistake_of_a_configuration_has_its_line(run: Run) -> None:
 def test_a_missing_configuration_is_named(run: Run) -> None:
     (line,) = run.refused("train", run.folder / "nothing.yaml")
     assert "nothing.yaml: no such file" in line
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]"])
+def test_a_final_evaluation_that_is_none_is_named_and_made_again_as_the_line_says(run: Run, content: str) -> None:
+    run.train("train.max_steps=1")
+    final = run.runs / "tiny" / "eval" / "final.json"
+    figures = json.loads(final.read_text())
+    final.write_text(content)
+    for command in ("compare", "report"):
+        (line,) = run.refused(command, run.runs / "tiny")
+        assert line.startswith(f"{final}: is no final evaluation") and "remove" in line
+    (run.runs / "tiny" / "STATUS.json").unlink()
+    assert run.train("train.max_steps=1")[0] == 0
+    assert json.loads(final.read_text())["accuracy"] == figures["accuracy"]
 
 
 def test_a_directory_in_use_is_refused(run: Run) -> None:

@@ -14,6 +14,12 @@ from prlhf.files import read_json_lines
 COLUMN_WIDTH = 38
 NUM_SIDE_BY_SIDE = 3
 CEILING = "best possible under the labels' noise"
+# What every final evaluation holds, and what it holds where users were compared.
+FIGURES_OF_RUN: dict[str, Any] = {
+    "experiment": str, "method": str, "user_model": str, "step": int, "seed": int, "data": dict, "throughput": dict,
+    "seconds": (int, float),
+}
+FIGURES_OF_USERS: dict[str, Any] = {"accuracy": dict, "per_user": dict}
 ENCODER_KINDS = ("text", "history")  # user models that read users, also those never seen
 
 
@@ -240,17 +246,25 @@ def format_answers(prompt: str, by_user: Mapping[str, str]) -> str:
 def load_final(run_dir: Path) -> dict[str, Any]:
     """A run's final evaluation.
 
-    Raises: DataError: the run has none yet.
+    Raises: DataError: the run has none yet, or the file holds something else.
     """
     path = run_dir / "eval" / "final.json"
+    anew = f"remove {run_dir / 'STATUS.json'} and call prlhf train again, which evaluates the trained run anew"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        final = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file; finish the run with prlhf train, or evaluate it with prlhf eval"
         ) from None
     except ValueError as error:
-        raise DataError(f"{path}: not valid JSON ({error}); evaluate the run again with prlhf eval") from None
+        raise DataError(f"{path}: not valid JSON ({error}); {anew}") from None
+    if not isinstance(final, dict):
+        raise DataError(f"{path}: is no final evaluation, expected a JSON object; {anew}")
+    needed = FIGURES_OF_RUN | (FIGURES_OF_USERS if "accuracy" in final else {})
+    lacking = [name for name, kind in needed.items() if not isinstance(final.get(name), kind)]
+    if lacking:
+        raise DataError(f"{path}: is no final evaluation, without a sound {', '.join(lacking)}; {anew}")
+    return final
 
 
 def format_comparison(finals: Mapping[str, Mapping[str, Any]]) -> str:

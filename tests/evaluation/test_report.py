@@ -201,6 +201,32 @@ def test_a_run_without_evaluation_is_named(tmp_path: Path) -> None:
         load_final(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "lacking"),
+    [
+        ([1], "expected a JSON object"),
+        (None, "expected a JSON object"),
+        ({}, "without a sound experiment, method, user_model, step, seed, data, throughput, seconds"),
+        ({**final_of(), "data": "somewhere", "step": None}, "without a sound step, data"),
+        ({name: value for name, value in final_of().items() if name != "per_user"}, "without a sound per_user"),
+    ],
+)
+def test_json_that_is_no_evaluation_is_refused_by_name(tmp_path: Path, content: Any, lacking: str) -> None:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "final.json").write_text(json.dumps(content))
+    with pytest.raises(DataError) as caught:
+        load_final(tmp_path)
+    (message,) = caught.value.messages
+    assert message.startswith(f"{tmp_path}/eval/final.json: is no final evaluation, {lacking};")
+
+
+def test_an_evaluation_of_what_has_no_users_needs_no_accuracy(tmp_path: Path) -> None:
+    final = {name: value for name, value in final_of().items() if name not in ("accuracy", "per_user")}
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "final.json").write_text(json.dumps(final))
+    assert load_final(tmp_path) == final
+
+
 def test_baselines_and_shuffled_users_stand_below_the_accuracies() -> None:
     final = final_of(
         baselines={

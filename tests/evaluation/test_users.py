@@ -13,6 +13,7 @@ import torch
 from prlhf.cli import main
 from prlhf.errors import DataError
 from prlhf.evaluation.users import compute_user_map, format_users, load_users, nearest_users
+from tests.evaluation.test_report import final_of
 from tests.saved_policies import STEP, USER_IDS, save_policy
 
 ANN, BOB, CAT = USER_IDS
@@ -21,7 +22,7 @@ ANN, BOB, CAT = USER_IDS
 def evaluated(run_dir: Path, accuracies: dict[str, float], *, step: int = STEP) -> None:
     (run_dir / "eval").mkdir()
     per_user = {u: {"accuracy": a, "generic_accuracy": 0.25, "num_rows": 4} for u, a in accuracies.items()}
-    (run_dir / "eval" / "final.json").write_text(json.dumps({"step": step, "per_user": per_user}))
+    (run_dir / "eval" / "final.json").write_text(json.dumps(final_of(step=step, per_user=per_user)))
 
 
 def test_the_worst_served_user_comes_first_and_the_unevaluated_last(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from prlhf.models.backbone import builtin_model_dir, hash_state
 from prlhf.models.lora import lora_state_dict
 from prlhf.serving import answer
 from prlhf.serving.export import export_checkpoint
+from tests.evaluation.test_report import final_of
 from tests.families import FAMILIES
 from tests.saved_policies import STEP, USER_IDS, checkpoint_of, save_policy
 from tests.tokenizers import VARIANTS, tiny_tokenizer
@@ -262,7 +263,8 @@ def test_the_script_answers_as_prlhf_does_and_imports_nothing_of_it(tmp_path: Pa
 def test_the_card_says_what_a_stranger_must_know(tmp_path: Path) -> None:
     save_policy(tmp_path / "run")
     accuracy = {"mean": 0.75, "ci95": [0.5, 1.0], "worst_user": 0.25, "num_rows": 8, "num_users": 3}
-    final = {"step": STEP, "data": {"source": "data/mine", "train_rows": 12}, "accuracy": {"seen": accuracy}}
+    data = {"source": "data/mine", "train_rows": 12}
+    final = final_of(step=STEP, data=data, accuracy={"seen": accuracy})
     final["accuracy"]["reference_logps"] = {**accuracy, "mean": 0.5}
     (tmp_path / "run" / "eval").mkdir()
     (tmp_path / "run" / "eval" / "final.json").write_text(json.dumps(final))
@@ -292,6 +294,6 @@ def test_the_script_says_in_a_line_that_an_adapter_needs_peft(tmp_path: Path, mo
 def test_figures_of_another_step_are_not_the_exports(tmp_path: Path) -> None:
     save_policy(tmp_path / "run")
     (tmp_path / "run" / "eval").mkdir()
-    (tmp_path / "run" / "eval" / "final.json").write_text(json.dumps({"step": STEP + 1}))
+    (tmp_path / "run" / "eval" / "final.json").write_text(json.dumps(final_of(step=STEP + 1)))
     export_checkpoint(tmp_path / "run", "peft", tmp_path / "out")
     assert "No evaluation of this step" in (tmp_path / "out" / "README.md").read_text()
