@@ -154,9 +154,9 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation; `every_steps: 0` leaves the final one, whose `generate` is held-out prompts a user (0: none).
 
-    `rows` caps the evaluations during training. `few_shot` is the labelled pairs in that baseline's prompt (0: none).
-    `neutral` is a file of texts that no user judges, one a line (or .jsonl with "text"), for the personalization tax;
-    built-in data has its own.
+    `rows` caps the dev rows of evaluations during training, which are drawn from as many users as can be. `few_shot` is
+    the labelled pairs in that baseline's prompt (0: none). `neutral` is a file of texts that no user judges, one a line
+    (or .jsonl with "text"), for the personalization tax; built-in data has its own.
     """
 
     every_steps: int = 0

@@ -13,11 +13,10 @@ from torch import Tensor
 from prlhf.adapt.checkpoint_rows import RECEIPT
 from prlhf.data.context import UserFacts, facts_record
 from prlhf.data.quoting import quote
-from prlhf.data.user_index import UserIndex
+from prlhf.data.user_index import RESERVED_IDS, UserIndex
 from prlhf.engine.tombstones import TOMBSTONES, find_forgotten, refuse_forgotten
 from prlhf.errors import DataError
 from prlhf.evaluation.run_files import FIGURES, figures_with_users
-from prlhf.evaluation.samples import ALL, GENERIC
 from prlhf.files import (
     MANIFEST,
     check_can_appear,
@@ -58,8 +57,8 @@ def check_new(checkpoint: Path, user_ids: Sequence[str], out: Path) -> None:
             forgotten |= {user for user in user_ids if _is_utf8(user) and store.is_forgotten(user)}
     wrong += [f"user {quote(user)}: was forgotten, and the checkpoint takes the id no more; choose another id"
               for user in user_ids if user in forgotten]
-    words = {GENERIC: "names the generic user in every command", ALL: "names all users where --users asks for some"}
-    wrong += [f"user {quote(word)}: {words[word]}; choose another id" for word in words if word in user_ids]
+    wrong += [f"user {quote(word)}: {meaning}; choose another id"
+              for word, meaning in RESERVED_IDS.items() if word in user_ids]
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         wrong.append(f"{out}: exists; --out names a new directory")
     if wrong:

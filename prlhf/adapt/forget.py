@@ -24,11 +24,11 @@ from prlhf.adapt.scrub import count_changed_lines, drop_row, rewrite_lines, scru
 from prlhf.data.jsonl import read_jsonl
 from prlhf.data.prepared import USERS_FILE
 from prlhf.data.quoting import quote
+from prlhf.data.user_index import GENERIC
 from prlhf.engine.checkpoint import CONFIG, remove_stale_temporaries
 from prlhf.engine.run_dir import LOCK, STATUS
 from prlhf.engine.tombstones import Tombstones
 from prlhf.errors import CheckpointError, DataError
-from prlhf.evaluation.samples import GENERIC
 from prlhf.files import LockFile, find_temporaries, lock_beside, read_json, remove_temporaries, write_json_atomic
 from prlhf.models.assemble import CONTEXTS, STATE, USER_TEXTS
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prlhf.data.clean import unusable_reason
-from prlhf.data.records import PreferenceRow, Prompt, preference_row, record_from_row
+from prlhf.data.records import JudgedRow, PreferenceRow, Prompt, preference_row, record_from_row
 from prlhf.data.render import encode_text
 from prlhf.data.splits import prompt_key
 
@@ -28,14 +28,14 @@ class UserFacts:
     pairs: tuple[PreferenceRow, ...] = ()
 
 
-def collect_facts(rows: Iterable[PreferenceRow]) -> dict[str, UserFacts]:
-    """Facts of every user of the rows; the last text of a user counts."""
+def collect_facts(rows: Iterable[JudgedRow]) -> dict[str, UserFacts]:
+    """Facts of every user of the rows; the last text of a user counts, and unpaired rows add nothing else."""
     texts: dict[str, str] = {}
     pairs: dict[str, list[PreferenceRow]] = {}
     for row in rows:
         texts[row.user_id] = row.user_text or texts.get(row.user_id, "")
         own = pairs.setdefault(row.user_id, [])
-        if unusable_reason(row) is None:
+        if isinstance(row, PreferenceRow) and unusable_reason(row) is None:
             own.append(row)
     return {user_id: UserFacts(text, tuple(pairs[user_id])) for user_id, text in texts.items()}
 
@@ -74,7 +74,7 @@ class UserContexts:
             self.kind, self._tokenizer, max_tokens=self.max_tokens, max_pairs=self.max_pairs, facts=facts
         )
 
-    def of_row(self, row: PreferenceRow, key: Sequence[int], *, training: bool = False) -> Context:
+    def of_row(self, row: JudgedRow, key: Sequence[int], *, training: bool = False) -> Context:
         """The context of a row: its own user text, or other pairs of its user.
 
         Args:
@@ -82,7 +82,7 @@ class UserContexts:
             training: draw 0 to `max_pairs` pairs, so that the encoder learns to do with few, not as many as there are.
         """
         facts = replace(self.facts.get(row.user_id, UserFacts()), text=row.user_text)
-        return self._read(facts, row.prompt, (row.chosen, row.rejected), key, training)
+        return self._read(facts, row.prompt, row.responses, key, training)
 
     def of_user(self, user_id: str, prompt: Prompt, responses: Collection[str] = ()) -> Context:
         """The context of a user who is answered, or whose view of some responses is asked for."""

@@ -30,6 +30,7 @@ from prlhf.data.records import (
     preference_row,
     record_from_row,
 )
+from prlhf.data.user_index import check_user_id
 from prlhf.errors import DataError
 from prlhf.files import (
     find_beside,
@@ -272,6 +273,7 @@ def _load_users(path: Path) -> dict[str, dict[str, str]] | None:
         return None
     users = read_json_object(path)
     for user_id, user in users.items():
+        check_user_id(user_id, str(path))
         where = f"{path}: user {quote(user_id)}"
         if not isinstance(user, dict) or user.get("split") not in ("seen", "unseen"):
             raise DataError(f'{where}: {quote(user)}, expected {{"user_text": string, "split": "seen" or "unseen"}}')

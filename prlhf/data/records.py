@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from prlhf.data.quoting import did_you_mean, quote
+from prlhf.data.user_index import check_user_id
 from prlhf.errors import DataError
 
 PREFERENCE_FIELDS = ("pair_id", "user_id", "prompt", "chosen", "rejected", "user_text")
@@ -253,6 +254,7 @@ def _user_id(record: dict[str, Any], where: str) -> str:
     user_id = _text(record, "user_id", where)
     if not user_id:
         raise DataError(f"{where}: user_id is empty; every row names the user who judged it")
+    check_user_id(user_id, where)
     return user_id
 
 

@@ -15,6 +15,11 @@ from prlhf.data.quoting import did_you_mean, quote
 from prlhf.errors import DataError
 
 GENERIC_USER_ID = 0
+GENERIC, ALL = "generic", "all"  # what commands take beside ids
+RESERVED_IDS = {
+    GENERIC: "names the generic user in every command",
+    ALL: "names all users where --users asks for some",
+}
 LARGE_BYTES = 4 * 2**20  # of ids and their index, from which on they stand in a file
 _TEXT = {"encoding": "utf-8", "errors": "surrogatepass"}
 
@@ -115,6 +120,17 @@ def _map_(arrays: list[NDArray[Any]]) -> mmap.mmap | None:
         arrays[place] = np.frombuffer(pages, dtype=each.dtype, count=len(each), offset=start)
         start += each.nbytes
     return pages
+
+
+def check_user_id(user_id: str, where: str) -> None:
+    """Refuse an id that commands would take for something else.
+
+    Args:
+        where: file and line, for the message.
+    Raises: DataError: it is a reserved one.
+    """
+    if user_id in RESERVED_IDS:
+        raise DataError(f"{where}: user {quote(user_id)}: {RESERVED_IDS[user_id]}; give the user another id")
 
 
 class UserIndex:

@@ -30,7 +30,7 @@ from prlhf.data.tokenize import (
 from prlhf.distributed import broadcast_, rank, world_size
 from prlhf.engine.fsdp import shard_
 from prlhf.engine.objective import Objective
-from prlhf.engine.optim import RowLazyAdamW, make_optimizer
+from prlhf.engine.optim import RowLazyAdamW, check_room_of_rows, make_optimizer
 from prlhf.engine.shrinkage import ShrunkObjective
 from prlhf.engine.step import Model
 from prlhf.errors import ConfigError, DataError
@@ -67,6 +67,7 @@ class Job:
     rows: TokenizedRows
     dropped: dict[str, int]
     preferences: PreferenceData | None
+    judged: Sequence[JudgedRow]  # what `rows` was tokenized from; empty for sft
     dev_responses: list[ResponseRow]
     neutral: list[ResponseRow]
     data_sha256: str
@@ -95,6 +96,13 @@ class JobData(NamedTuple):
     labelled: list[LabelledRow] | None
     responses: list[ResponseRow]
     dev_responses: list[ResponseRow]
+
+    @property
+    def judged(self) -> Sequence[JudgedRow]:
+        """The judgments to train on; none for sft."""
+        if self.labelled is not None:
+            return self.labelled
+        return [] if self.preferences is None else self.preferences.train
 
 
 def compares_with_reference(config: Config) -> bool:
@@ -210,6 +218,7 @@ def build_job(config: Config) -> Job:
         )
     contexts = learn_users_(model, config, data)
     model.to(device)
+    check_room_of_rows(model.parameters(), len({row.user_id for row in tokenized.rows}))
     if model.user_encoder is not None:
         init_user_encoder_(model, spec, [row.prompt_ids + row.responses[0] for row in tokenized.rows[:NUM_PROBES]])
         # Measured, not drawn: what two ranks round differently would stay different.
@@ -228,6 +237,7 @@ def build_job(config: Config) -> Job:
         dropped=tokenized.dropped,
         objective=make_objective(config, tokenized.rows, num_users=len(model.users or ()), device=device),
         preferences=data.preferences,
+        judged=data.judged,
         dev_responses=data.dev_responses,
         neutral=neutral,
         data_sha256=hash_rows(tokenized.rows if contexts is None else [*tokenized.rows, contexts.facts]),
@@ -332,11 +342,10 @@ def learn_users_(model: PersonalizedModel, config: Config, data: JobData) -> Use
     if preferences is None:
         return None
     if config.data.user_text == "prompt" and model.user_encoder is not None:
-        rows: Sequence[JudgedRow] = preferences.train if data.labelled is None else data.labelled
-        model.user_texts = {row.user_id: row.user_text for row in rows if row.user_text}
+        model.user_texts = {row.user_id: row.user_text for row in data.judged if row.user_text}
     if model.contexts is None:
         return None
-    contexts = model.contexts.with_facts(collect_facts(preferences.train))
+    contexts = model.contexts.with_facts(collect_facts([*preferences.train, *(data.labelled or [])]))
     if model.contexts.kind == "text" and not any(facts.text for facts in contexts.facts.values()):
         raise DataError(f"{preferences.source}: user.kind text reads user_text, and no training row has one; "
                         "add it to the rows or to users.json, or choose another user.kind")

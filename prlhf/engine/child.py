@@ -11,7 +11,7 @@ from typing import Protocol
 
 from prlhf.config import Config, changed_keys, load_config
 from prlhf.engine.checkpoint import CONFIG
-from prlhf.engine.run_dir import read_status
+from prlhf.engine.run_dir import FINAL, read_status
 from prlhf.errors import ConfigError, Preempted
 
 
@@ -72,7 +72,7 @@ def train_in_child(target: str, overrides: Sequence[str], runs: Path, relay: Sig
 
 def is_finished(config: Config, run_dir: Path) -> bool:
     """Whether the run directory holds the final evaluation of this very configuration."""
-    if read_status(run_dir).get("status") != "finished":
+    if read_status(run_dir).get("status") != "finished" or not (run_dir / FINAL).is_file():
         return False
     try:
         return not set(changed_keys(load_config(run_dir / CONFIG), config)) - {"name"}

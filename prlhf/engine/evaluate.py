@@ -10,6 +10,7 @@ from typing import Any
 
 from prlhf.config import Config, config_from_dict, config_to_dict, load_config
 from prlhf.data.load import load_evaluation_file
+from prlhf.data.prepared import SPLITS
 from prlhf.data.records import PreferenceData
 from prlhf.data.user_index import UserIndex
 from prlhf.engine.build import evaluation_contexts, load_job_data, load_job_neutral, make_autocast, pick_device
@@ -23,6 +24,7 @@ from prlhf.evaluation.win_table import format_wins, rates_between
 from prlhf.files import read_json_lines
 from prlhf.models.assemble import load_model, resolve_checkpoint
 from prlhf.models.backbone import pad_token_id
+from prlhf.models.personalized import PersonalizedModel
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ def evaluate_checkpoint(checkpoint: Path, *, source: str | None, overrides: Sequ
     model = load_model(directory, device=str(device), packing=config.train.packing)
     is_file = Path(config.data.source).is_file() and config.data.source != own.data.source
     data = _whole_file(Path(config.data.source), own) if is_file else load_preferences(config)
-    data = _known_rows(data, model.users if model.user_encoder else None)
+    data = _with_kept_texts(_known_rows(data, model.users if model.user_encoder else None), model)
     evaluator = Evaluator(
         config,
         model,
@@ -117,6 +119,20 @@ def _known_rows(data: PreferenceData, known: UserIndex | None) -> PreferenceData
     seen = [row for row in data.eval_seen if row.user_id in known]
     moved = [row for row in data.eval_seen if row.user_id not in known]
     return dataclasses.replace(data, eval_seen=seen, eval_unseen=[*data.eval_unseen, *moved])
+
+
+def _with_kept_texts(data: PreferenceData, model: PersonalizedModel) -> PreferenceData:
+    """The data, in which a row without a user text has the one that the checkpoint keeps of its user."""
+    kept = dict(model.user_texts)
+    if model.contexts is not None:
+        kept.update({user: facts.text for user, facts in model.contexts.facts.items() if facts.text})
+    if not kept:
+        return data
+    filled: dict[str, Any] = {
+        name: [dataclasses.replace(row, user_text=row.user_text or kept.get(row.user_id, "")) for row in rows]
+        for name, rows in ((name, getattr(data, name)) for name in SPLITS)
+    }
+    return dataclasses.replace(data, **filled)
 
 
 def compare_runs(targets: Sequence[str], overrides: Sequence[str], *, runs: Path) -> str:

@@ -18,18 +18,24 @@ from prlhf.data.context import UserContexts
 from prlhf.data.load import BUILTIN_TEXT
 from prlhf.data.records import PreferenceData, PreferenceRow, Prompt, ResponseRow
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse, tokenize_pairs, tokenize_responses
-from prlhf.data.user_index import UserIndex
+from prlhf.data.user_index import GENERIC, UserIndex
 from prlhf.distributed import barrier, counts_of_ranks, is_main
 from prlhf.engine.build import Autocast, Job, evaluation_contexts, restore_reference_, tokenize_limits
 from prlhf.engine.checkpoint import Progress
 from prlhf.engine.memory import peak_device_bytes, peak_memory_bytes
 from prlhf.engine.step import Model
-from prlhf.evaluation.accuracy import PairMargins, has_length_gap, score_pairs, summarize_accuracy, user_accuracies
+from prlhf.evaluation.accuracy import (
+    PairMargins,
+    draw_rows,
+    has_length_gap,
+    score_pairs,
+    summarize_accuracy,
+    user_accuracies,
+)
 from prlhf.evaluation.baselines import few_shot_baseline, format_only_accuracy, prompted_baseline
 from prlhf.evaluation.judges import Judge, judge_of
 from prlhf.evaluation.leaks import expected_when_shuffled, shuffled_users
 from prlhf.evaluation.samples import (
-    GENERIC,
     Sample,
     judge_generations,
     sample_answers,
@@ -361,7 +367,8 @@ def evaluate_step(job: Job, progress: Progress, run_dir: Path, *, on_batch: OnBa
     if job.preferences is None or not job.preferences.dev:
         return
     evaluator = _evaluator_of(job, on_batch, with_reference=job.reference is not None)
-    figures = evaluator.accuracy(job.preferences.dev[: job.config.eval.rows], [])
+    rows = draw_rows(job.preferences.dev, job.config.eval.rows, seed=job.config.seed)
+    figures = evaluator.accuracy(rows, [])
     if is_main():
         (run_dir / "eval").mkdir(exist_ok=True)
         write_json_atomic(run_dir / "eval" / f"step-{progress.step:08d}.json", {"step": progress.step, **figures})

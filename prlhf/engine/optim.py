@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prlhf.distributed import all_gather_rows, all_reduce_sum, world_size
 from prlhf.sharding import is_sharded, local_part
-from prlhf.usermodel.row_table import RowTable, is_mapped, lazy_zeros, let_go_pages
+from prlhf.usermodel.row_table import RowTable, check_room, is_mapped, lazy_zeros, let_go_pages
 
 BUCKET_ELEMENTS = 16 * 2**20
 RESIDENT_BYTES = 32 * 2**20  # of large tables' pages that steps touch before they are let go
@@ -90,6 +90,15 @@ class RowLazyAdamW(torch.optim.AdamW):
 def _bytes_of_pages(table: Tensor) -> int:
     """That a step of one row brings into memory: of the table, its two moments and its count of steps."""
     return 3 * max(table[:1].numel() * table.element_size(), PAGESIZE) + PAGESIZE
+
+
+def check_room_of_rows(parameters: Iterable[nn.Parameter], num_rows: int) -> None:
+    """Refuse to train so many rows of large tables where the folder for temporary files has no room for them.
+
+    Raises: RunDirError: it has too little.
+    """
+    for table in filter(is_mapped, parameters):
+        check_room(min(num_rows * _bytes_of_pages(table), 3 * table.nbytes + 4 * len(table)))
 
 
 def _zeros_beside(table: Tensor, *shape: int) -> Tensor:

@@ -119,7 +119,7 @@ def compute_reference_table(
     logger.info("reference: log-probs of %d responses, %d of them kept from before", len(values), num_kept)
     row_ids = torch.tensor([row.row for row in rows], dtype=torch.int64)
     num_rows = int(row_ids.max()) + 1 if len(rows) else 0
-    table = lazy_zeros(max(num_rows, 1), 2)[:num_rows].fill_(float("nan"))
+    table = lazy_zeros(max(num_rows, 1), 2, whole=True)[:num_rows].fill_(float("nan"))
     table[row_ids] = values[torch.from_numpy(distinct.numbers)].view(-1, 2)
     return ReferenceTable(table[:, 0], table[:, 1])
 
@@ -217,10 +217,11 @@ class ReferenceCache:
             save_file({"logps": logps, "sha256": _digest(logps)}, temporary)
             fsync_path(temporary)
             temporary.replace(path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in an error of its own
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            raise RunDirError(f"{path}: cannot be written ({error.strerror}); free space or mend its rights") from None
+            reason = getattr(error, "strerror", None) or error
+            raise RunDirError(f"{path}: cannot be written ({reason}); free space or mend its rights") from None
 
     def _path(self, part: Sequence[TokenSequence]) -> Path:
         digest = hashlib.sha256(self._identity)

@@ -19,6 +19,7 @@ from prlhf.files import LockFile, write_json_atomic, write_text_atomic
 STATUS = "STATUS.json"
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
+FINAL = Path("eval") / "final.json"
 
 
 class RunDir:
@@ -75,9 +76,9 @@ class RunDir:
             write_json_atomic(self.path / STATUS, {"status": status, "time": now, **details})
 
     def is_finished(self, step: int) -> bool:
-        """Whether an earlier run ended here with the evaluation of `step`."""
+        """Whether an earlier run ended here with the evaluation of `step`, which is still there."""
         status = read_status(self.path)
-        return (status.get("status"), status.get("step")) == ("finished", step)
+        return (status.get("status"), status.get("step")) == ("finished", step) and (self.path / FINAL).is_file()
 
     def append_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Append one JSON line for each optimizer step."""

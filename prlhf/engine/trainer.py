@@ -44,6 +44,8 @@ from prlhf.engine.step import Batch, StepResult, train_step_
 from prlhf.engine.tombstones import refuse_forgotten
 from prlhf.errors import Preempted, PrlhfError, RankError, RunDirError
 from prlhf.evaluation.report import load_final
+from prlhf.files import read_json
+from prlhf.models.assemble import STATE
 from prlhf.models.lora import scale_adapters_
 from prlhf.sharding import is_sharded
 
@@ -85,6 +87,8 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
             logger.info("%s is finished; nothing to do. To train anew choose another name=", run_dir)
             return load_final(run_dir)
         job = build_job(config)
+        if checkpoint is not None:
+            _check_scale(config, read_json(checkpoint / STATE), job.max_steps)
         if job.preferences is not None:
             refuse_forgotten([run_dir, *([] if checkpoint is None else [checkpoint])], job.preferences.all_user_ids())
         reference_of = _make_reference(job, run_dir.parent / REFERENCE_CACHE, stop)
@@ -202,13 +206,11 @@ def batches_of_step(job: Job, step: int) -> tuple[list[Batch], int]:
 
 def contexts_of(job: Job, indices: Sequence[int], step: int) -> list[Context] | None:
     """What an encoder reads beside training rows at a step, a function of (seed, step, row); None without one."""
-    if job.contexts is None or job.preferences is None:
+    if job.contexts is None:
         return None
     places = [job.rows[i].row for i in indices]
-    records = [job.preferences.train[place] for place in places]
     return [
-        job.contexts.of_row(record, (job.config.seed, step, place), training=True)
-        for record, place in zip(records, places, strict=True)
+        job.contexts.of_row(job.judged[place], (job.config.seed, step, place), training=True) for place in places
     ]
 
 
@@ -307,6 +309,22 @@ def _starting_checkpoint(config: Config, run_dir: Path, resume: str) -> Path | N
 
 def _is_unchanged(config: Config, run_dir: Path) -> bool:
     return not set(changed_keys(load_config(run_dir / CONFIG), config)) - {"name"}
+
+
+def _check_scale(config: Config, state: dict[str, Any], max_steps: int) -> None:
+    """Refuse to end a run at a step that was not saved as its last one, where the last one scales the adapters.
+
+    Args:
+        state: of the checkpoint that the run goes on from.
+    Raises: RunDirError: `train.max_steps` was lowered to a step that is past.
+    """
+    scale = 1.0 if config.model.lora is None else config.model.lora.final_scale
+    step = state["step"]
+    if step >= max_steps and state["adapter_scale"] != scale:
+        raise RunDirError(
+            f"train.max_steps: the run has {max_steps} steps and is at step {step}, whose adapters were not multiplied "
+            f"by model.lora.final_scale {scale}, as those of a last step are; set it above {step}"
+        )
 
 
 class StopFlag:

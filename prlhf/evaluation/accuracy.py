@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,18 @@ class PairMargins:
         index = np.array(members, dtype=np.int64)
         reference = None if self.reference is None else self.reference[index]
         return PairMargins([self.rows[i] for i in members], self.individual[index], self.generic[index], reference)
+
+
+def draw_rows(rows: Sequence[PreferenceRow], count: int | None, *, seed: int) -> list[PreferenceRow]:
+    """At most `count` rows, in their order, of as many users as can be: a draw by the seed alone; None: all rows."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    turns: Counter[str] = Counter()
+    drawn: list[tuple[int, int, int]] = []
+    for place in np.random.default_rng(seed).permutation(len(rows)).tolist():
+        drawn.append((turns[rows[place].user_id], len(drawn), place))  # a user's first row before anybody's second
+        turns[rows[place].user_id] += 1
+    return [rows[place] for place in sorted(place for _, _, place in sorted(drawn)[:count])]
 
 
 def score_pairs(

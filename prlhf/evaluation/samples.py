@@ -12,7 +12,7 @@ import numpy as np
 from prlhf.data.context import NO_CONTEXT, Context
 from prlhf.data.records import Prompt, prompt_record
 from prlhf.data.tokenize import TokenizedResponse
-from prlhf.data.user_index import GENERIC_USER_ID, UserIndex
+from prlhf.data.user_index import ALL, GENERIC, GENERIC_USER_ID, UserIndex
 from prlhf.errors import DataError
 from prlhf.evaluation.judges import Judge, RuleJudge, repeated_4gram_share
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
@@ -20,7 +20,6 @@ from prlhf.generation import SamplingOptions, generate
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
 
-GENERIC, ALL = "generic", "all"  # what --users takes beside ids
 REFERENCE_SEED_OFFSET = 1
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from prlhf.config import load_config
 from prlhf.data.records import Prompt
-from prlhf.data.user_index import GENERIC_USER_ID
+from prlhf.data.user_index import GENERIC, GENERIC_USER_ID
 from prlhf.engine.checkpoint import CONFIG
-from prlhf.evaluation.samples import GENERIC, about_users
+from prlhf.evaluation.samples import about_users
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models import load_policy
 from prlhf.models.assemble import resolve_checkpoint

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import mmap
+import os
+import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -10,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from prlhf.errors import RunDirError
 
 LARGE_TABLE_BYTES = 4 * 2**20
 _mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # of all tensors of `lazy_zeros` that are left
@@ -32,19 +37,41 @@ def make_table(*shape: int) -> nn.Parameter:
     return RowTable(lazy_zeros(*shape))
 
 
-def lazy_zeros(*shape: int) -> Tensor:
+def lazy_zeros(*shape: int, whole: bool = False) -> Tensor:
     """Zeros, float32, on the CPU, of which only pages that were used exist.
 
     They are mapped from a file without a name in the folder for temporary files (TMPDIR), which takes disk where rows
-    were written; so the system can put rows that are not in use there when memory is short.
+    were written; so the system can put rows that are not in use there when memory is short. Writing where the disk has
+    no room kills the process, so there must be some: see `check_room`.
+
+    Args:
+        whole: all of it will be written, so all of its disk is taken now.
+    Raises: RunDirError: there is no room for that.
     """
     num_bytes = 4 * torch.Size(shape).numel()
     with tempfile.TemporaryFile() as file:
+        if whole:
+            check_room(num_bytes)
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
         file.truncate(num_bytes)
         pages = mmap.mmap(file.fileno(), num_bytes)
     pages.madvise(mmap.MADV_RANDOM)  # reading ahead would bring pages that nobody uses into being
     _mapped.add(pages)
     return torch.frombuffer(pages, dtype=torch.float32).view(shape)
+
+
+def check_room(num_bytes: int) -> None:
+    """Refuse to begin what would write more than the folder for temporary files has room for.
+
+    Raises: RunDirError: it has less.
+    """
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise RunDirError(
+            f"{folder}: {free / 2**20:.0f} MiB free for temporary files, about {math.ceil(num_bytes / 2**20)} MiB "
+            "needed; make room, or name another folder in TMPDIR"
+        )
 
 
 def let_go_pages() -> None:

@@ -261,6 +261,7 @@ def test_a_text_that_all_rows_of_a_user_share_is_written_once_and_read_back_into
         ({"u": {"split": "unseen"}, "n": {"split": "unseen"}}, "train.jsonl:1: user 'u' is not a seen user"),
         ({"u": {"split": "seen"}, "n": {"split": "seen"}}, "eval_unseen.jsonl:1: user 'n' is a seen user"),
         ({"u": {"split": "old"}}, "users.json: user 'u'"),
+        ({"u": {"split": "seen"}, "all": {"split": "seen"}}, "users.json: user 'all': names all users"),
         ({"u": "text"}, "users.json: user 'u'"),
         ({"u": {"split": "seen", "preference": 3}}, "users.json: user 'u': preference is 3, expected a string"),
         ({"u": {"split": "seen", "user_text": 5}, "n": {"split": "unseen"}}, "user_text is 5"),

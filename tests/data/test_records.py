@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from prlhf.data.records import (
@@ -9,6 +11,7 @@ from prlhf.data.records import (
     PreferenceData,
     PreferenceRow,
     ResponseRow,
+    labelled_row,
     make_pair_id,
     pair_content,
     preference_row,
@@ -99,3 +102,12 @@ def test_sft_reads_text_prompt_and_response_or_the_chosen_side() -> None:
     assert response_row({**ROW, "user_text": "x"}, "f:1") == ResponseRow("p", "c", "x")
     with pytest.raises(DataError, match='f:1: has the keys .*expected {"text"}'):
         response_row({"prompt": "p", "answer": "r"}, "f:1")
+
+
+@pytest.mark.parametrize("read", [preference_row, labelled_row])
+@pytest.mark.parametrize("word", ["generic", "all"])
+def test_ids_that_commands_take_for_something_else_are_refused(read: Callable[..., object], word: str) -> None:
+    record = {"user_id": word, "prompt": "Q", "chosen": "a", "rejected": "b", "response": "a", "label": True}
+    with pytest.raises(DataError, match=f"rows:3: user '{word}': names .* give the user another id"):
+        read(record, "rows:3")
+    read({**record, "user_id": word.upper()}, "rows:3")

@@ -61,13 +61,18 @@ def test_other_exit_codes_come_back(tmp_path: Path) -> None:
     assert SignalRelay().run([sys.executable, "-c", "raise SystemExit(3)"]) == 3
 
 
-def test_a_run_is_finished_when_its_status_says_so_of_the_same_configuration(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_run_is_finished_when_its_status_says_so_and_it_was_evaluated_under_the_same_configuration(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     config = tiny.config()
     assert not is_finished(config, tmp_path / "none")
     with RunDir(tmp_path / "run", writes=True) as run_dir:
         run_dir.start(dump_config(config), step=0)
         assert not is_finished(config, tmp_path / "run")
         run_dir.set_status("finished", step=4)
+    assert not is_finished(config, tmp_path / "run"), "it was not evaluated"
+    (tmp_path / "run" / "eval").mkdir()
+    (tmp_path / "run" / "eval" / "final.json").write_text("{}")
     assert is_finished(config, tmp_path / "run")
     assert is_finished(tiny.config(name="other"), tmp_path / "run"), "the name is the directory's"
     assert not is_finished(tiny.config(train__max_steps=5), tmp_path / "run")

@@ -17,11 +17,11 @@ from prlhf.data.context import collate_contexts, collect_facts
 from prlhf.data.prepared import load_prepared
 from prlhf.data.records import PreferenceRow
 from prlhf.engine import build, final
-from prlhf.engine.build import Job, build_job
+from prlhf.engine.build import Job, build_job, load_job_data
 from prlhf.engine.checkpoint import Progress
 from prlhf.engine.evaluate import evaluate_checkpoint
 from prlhf.engine.score import score_file
-from prlhf.engine.trainer import batches_of_step, save_job, train
+from prlhf.engine.trainer import batches_of_step, contexts_of, save_job, train
 from prlhf.errors import DataError
 from prlhf.evaluation.report import format_figures
 from prlhf.generation import SamplingOptions, generate
@@ -228,3 +228,56 @@ def test_data_with_nothing_to_read_is_refused(tiny: Tiny, tmp_path: Path) -> Non
     path = write_jsonl(tmp_path / "train.jsonl", [{**row, "user_id": user} for user in ("ann", "bob")])
     with pytest.raises(DataError, match="no user has two training rows"):
         build_job(tiny.config(user__kind="history", data__source=str(path.parent)))
+
+
+def thumbs_file(path: Path, *, with_pairs: bool) -> Path:
+    """Each user's verdicts on three answers a prompt that they like and three that they do not, or on one of them."""
+    records = [
+        {"user_id": user, "prompt": f"Tell me about {thing}", "response": f"{kind} {number} {thing}", "label": label}
+        for user in ("ann", "bob", "cat")
+        for place, thing in enumerate(["tea", "rain", "chess", "bread"])
+        for kind, label in (("good", True), ("bad", False))
+        for number in range(3)
+        if with_pairs or (label == (place % 2 == 0) and number == 0)
+    ]
+    return write_jsonl(path, [{**record, "user_text": f"I am {record['user_id']}."} for record in records])
+
+
+@pytest.mark.parametrize("with_pairs", [True, False])
+def test_unpaired_rows_are_read_with_their_own_user_s_text(tiny: Tiny, tmp_path: Path, with_pairs: bool) -> None:
+    source = str(thumbs_file(tmp_path / "thumbs.jsonl", with_pairs=with_pairs))
+    settings = {"user__kind": "text", "loss__kind": "kto", "data__user_text": "none", "data__source": source}
+    config = tiny.config(**settings, data__eval_prompts=0.0)
+    job, rows = build_job(config), load_job_data(config).labelled
+    assert job.contexts is not None and rows
+    read = contexts_of(job, range(len(job.rows)), 0)
+    assert read == [job.contexts.read_text(f"I am {rows[row.row].user_id}.") for row in job.rows]
+    assert job.model.contexts.facts["bob"].text == "I am bob."
+
+
+def test_unpaired_rows_are_read_with_their_own_user_s_pairs_about_other_prompts(tiny: Tiny, tmp_path: Path) -> None:
+    source = str(thumbs_file(tmp_path / "thumbs.jsonl", with_pairs=True))
+    settings = {"user__kind": "history", "loss__kind": "kto", "data__source": source, "data__eval_prompts": 0.0}
+    config = tiny.config(**settings)
+    job, rows = build_job(config), load_job_data(config).labelled
+    assert job.contexts is not None and rows
+    for step in range(3):
+        for context, row in zip(contexts_of(job, range(len(job.rows)), step), job.rows, strict=True):
+            own = job.contexts.facts[rows[row.row].user_id].pairs
+            allowed = [job.contexts.read_pairs([pair]) for pair in own if pair.prompt != rows[row.row].prompt]
+            assert all(context[i : i + 2] in allowed for i in range(0, len(context), 2))
+    assert len(train(config, tmp_path / "run")["per_user"]) == 0, "no prompt is held out"
+
+
+def test_rows_of_a_file_without_texts_are_read_with_those_that_the_checkpoint_keeps(
+    world: Tiny, tmp_path: Path
+) -> None:
+    config = world.config(method="prm", user__kind="text", train__max_steps=2)
+    expected = train(config, tmp_path / "run")["accuracy"]["seen"]
+    bare = [json.loads(line) for line in (world.data / "eval_seen.jsonl").read_text().splitlines()]
+    assert not any("user_text" in record for record in bare), "users.json has them"
+    path = write_jsonl(tmp_path / "bare.jsonl", bare)
+    read = evaluate_checkpoint(tmp_path / "run", source=str(path), overrides=[])["accuracy"]["seen"]
+    assert read == expected
+    other = write_jsonl(tmp_path / "other.jsonl", [{**record, "user_text": "I want it all."} for record in bare])
+    assert evaluate_checkpoint(tmp_path / "run", source=str(other), overrides=[])["accuracy"]["seen"] != expected

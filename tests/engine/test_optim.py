@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import shutil
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from prlhf.distributed import rank, world_size
 from prlhf.engine.build import build_job
 from prlhf.engine.optim import (
     all_reduce_gradients_,
+    check_room_of_rows,
     clip_gradients_,
     make_optimizer,
     set_learning_rate_,
     warmup_cosine,
 )
+from prlhf.errors import RunDirError
 from prlhf.usermodel import IndividualUserModel, LowRankUserModel, row_table
 from tests.run_distributed import run_distributed_test
 from tests.tiny_run import Tiny
@@ -201,6 +204,19 @@ def _train_users_of_a_large_table(expected: dict[str, torch.Tensor]) -> None:
 def test_ranks_sum_the_rows_of_a_large_table() -> None:
     """User 5 and users 1 and 2 are on one rank only."""
     run_distributed_test(_train_users_of_a_large_table, 2, _train_users())
+
+
+def test_rows_that_will_not_find_room_on_the_disk_are_refused_before_they_are_written(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=64 * 2**20))
+    large = IndividualUserModel(num_users=1_000_000, num_user_tokens=10, dim=384)  # 15 KiB a row, thrice, and a page
+    check_room_of_rows(large.parameters(), 1000)
+    with pytest.raises(RunDirError, match="64 MiB free for temporary files, about 96 MiB needed; make room.*TMPDIR"):
+        check_room_of_rows(large.parameters(), 2000)
+    small = IndividualUserModel(num_users=2000, num_user_tokens=1, dim=384)
+    check_room_of_rows(small.parameters(), 2000)
 
 
 def test_a_large_table_costs_what_its_rows_cost() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -339,3 +341,26 @@ def test_each_of_two_ranks_scores_parts_and_both_have_the_table_of_one(tiny: Tin
     one, two = (snapshot(tmp_path / name / "cache") for name in ("one", "two"))
     assert one.keys() == two.keys() and len(one) > 2
     assert all(one[name][1] == two[name][1] for name in one)
+
+
+def test_a_full_disk_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    """A limit on file sizes stands in for the disk."""
+    cache = ReferenceCache(tmp_path / "cache", {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(RunDirError, match="cannot be written .*; free space") as caught:
+            cache.put([TokenSequence((1,), (2,))] * 999, torch.zeros(999))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(caught.value.messages) == 1 and list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_table_that_the_folder_for_temporary_files_has_no_room_for_is_refused(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = build_job(tiny.config())
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100))
+    with pytest.raises(RunDirError, match="0 MiB free for temporary files, about 1 MiB needed.*TMPDIR"):
+        table_of(job)

@@ -67,6 +67,9 @@ def test_finished_means_finished_at_that_step(tmp_path: Path) -> None:
     run_dir.set_status("running", step=4)
     assert not run_dir.is_finished(4)
     run_dir.set_status("finished", step=4)
+    assert not run_dir.is_finished(4), "its evaluation is gone"
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "final.json").write_text("{}")
     assert run_dir.is_finished(4)
     assert not run_dir.is_finished(2)
     (tmp_path / "STATUS.json").write_text('["finished"]')

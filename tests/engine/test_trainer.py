@@ -206,6 +206,24 @@ def test_a_run_that_is_made_longer_goes_on_from_adapters_as_they_were(tiny: Tiny
         assert torch.equal(scaled[key], tensor * (0.5 if "lora_B" in key else 1.0)), key
 
 
+def test_a_run_does_not_end_at_a_step_whose_adapters_were_not_scaled(tiny: Tiny, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"model__lora__final_scale": 0.5, "checkpoint__every_steps": 2}
+    with pytest.raises(Preempted), at_step(3, stop_signal):
+        train(tiny.config(train__max_steps=6, **settings), tmp_path / "run")
+    before = snapshot(tmp_path)
+    with pytest.raises(RunDirError, match="train.max_steps: the run has 4 steps and is at step 4.* set it above 4"):
+        train(tiny.config(train__max_steps=4, **settings), tmp_path / "run")
+    assert snapshot(tmp_path) == before
+    assert train(tiny.config(train__max_steps=5, **settings), tmp_path / "run")["step"] == 5
+
+
+def test_a_finished_run_without_its_evaluation_is_evaluated_again(tiny: Tiny, tmp_path: Path) -> None:
+    first = train(tiny.config(), tmp_path / "run")
+    (tmp_path / "run" / "eval" / "final.json").unlink()
+    again = train(tiny.config(), tmp_path / "run")
+    assert again["accuracy"] == first["accuracy"] and again["step"] == first["step"]
+
+
 def test_resuming_a_finished_run_changes_nothing(tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     final = train(tiny.config(), tmp_path / "run")
     before = snapshot(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from prlhf.evaluation import scoring
 from prlhf.evaluation.accuracy import (
     PairMargins,
     bootstrap_interval,
+    draw_rows,
     has_length_gap,
     score_pairs,
     summarize_accuracy,
@@ -223,3 +225,13 @@ def test_margins_without_reference_are_of_mean_log_probs():
             batch = collate_responses([TokenizedResponse(0, row.user_id, row.prompt_ids, ids)], 2)
             expected.append(policy.sequence_logps(batch, user_ids)[0].item() / len(ids))
         assert margins.individual[i] == pytest.approx(expected[0] - expected[1], abs=1e-5)
+
+
+def test_a_draw_of_rows_is_of_as_many_users_as_can_be_and_in_their_order() -> None:
+    rows = [PreferenceRow(f"{user}{i}", user, "Q", "a", "b") for user in ("ann", "bob", "cat") for i in range(8)]
+    for seed in range(5):
+        drawn = draw_rows(rows, 4, seed=seed)
+        assert sorted(Counter(row.user_id for row in drawn).values()) == [1, 1, 2]
+        assert drawn == sorted(drawn, key=rows.index) and drawn == draw_rows(rows, 4, seed=seed)
+    assert len({tuple(row.pair_id for row in draw_rows(rows, 4, seed=seed)) for seed in range(5)}) > 1
+    assert draw_rows(rows, None, seed=0) == draw_rows(rows, 24, seed=0) == draw_rows(rows, 99, seed=0) == rows
