@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -18,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from prlhf.errors import ConfigError, Preempted, RankError
 
 DEFAULT_TIMEOUT_S = 600.0
+STORE_POLL_S = 1.0  # between looks at whether a rank said that it leaves
 PULSE_VARIABLE = "PRLHF_PULSE"
 PULSE = struct.Struct("<qd?")  # beats so far, silence beyond the usual that is no bad sign (s), waits for others
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -158,22 +160,23 @@ def is_main() -> bool:
 
 
 def barrier(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-    """Wait for every rank; on gloo the RankError after `timeout_s` names the ranks that did not come."""
+    """Wait for every rank; on gloo the RankError after a short `timeout_s` names the ranks that did not come."""
     if not dist.is_initialized():
         return
     with _collective():
+        if timeout_s > DEFAULT_TIMEOUT_S:  # longer than a collective takes on any backend
+            wait_at_store(timeout_s)
         if dist.get_backend() == "gloo":
-            dist.monitored_barrier(timeout=timedelta(seconds=timeout_s), wait_all_ranks=True)
+            shortest = min(timeout_s, DEFAULT_TIMEOUT_S)
+            dist.monitored_barrier(timeout=timedelta(seconds=shortest), wait_all_ranks=True)
         else:
-            if timeout_s > DEFAULT_TIMEOUT_S:  # NCCL's own is the group's
-                wait_at_store(timeout_s)
             dist.barrier()
 
 
 def wait_at_store(timeout_s: float) -> None:
     """Wait for every rank at the group's store, which takes no device's time and has no timeout of its own.
 
-    Raises: RuntimeError: after `timeout_s`.
+    Raises: RuntimeError: after `timeout_s`, or soon after a rank left because of a signal.
     """
     assert _group_store is not None
     global _num_waits
@@ -181,7 +184,13 @@ def wait_at_store(timeout_s: float) -> None:
     name = f"wait-{_num_waits}"
     if _group_store.add(name, 1) == dist.get_world_size():
         _group_store.set(f"{name}-over", "yes")
-    _group_store.wait([f"{name}-over"], timedelta(seconds=timeout_s))
+    ends = time.monotonic() + timeout_s
+    while True:
+        try:
+            return _group_store.wait([f"{name}-over"], timedelta(seconds=min(timeout_s, STORE_POLL_S)))
+        except dist.DistStoreError:
+            if _is_stopping() or time.monotonic() > ends:
+                raise
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:

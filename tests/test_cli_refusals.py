@@ -88,7 +88,7 @@ def test_a_final_evaluation_that_is_none_is_named_and_made_again_as_the_line_say
     for command in ("compare", "report"):
         (line,) = run.refused(command, run.runs / "tiny")
         assert line.startswith(f"{final}: is no final evaluation") and "remove" in line
-    (run.runs / "tiny" / "STATUS.json").unlink()
+    final.unlink()
     assert run.train("train.max_steps=1")[0] == 0
     assert json.loads(final.read_text())["accuracy"] == figures["accuracy"]
 

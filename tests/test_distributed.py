@@ -9,6 +9,7 @@ import torch
 from torch.distributed import TCPStore
 
 from prlhf.distributed import (
+    DEFAULT_TIMEOUT_S,
     all_reduce_any,
     all_reduce_sum,
     announce_stop,
@@ -79,6 +80,23 @@ def _leave_on_rank_one() -> None:
             barrier(timeout_s=10)
 
 
+def _come_late_on_rank_zero() -> None:
+    if rank() == 0:
+        time.sleep(7)
+    barrier(timeout_s=DEFAULT_TIMEOUT_S + 1)
+
+
+def _leave_a_long_wait_on_rank_one() -> None:
+    if rank() == 1:
+        announce_stop()
+        time.sleep(5)  # its connections stay open for longer than the others should take to notice
+        return
+    began = time.monotonic()
+    with pytest.raises(Preempted, match="another rank was stopped by a signal"):
+        barrier(timeout_s=DEFAULT_TIMEOUT_S + 1)
+    assert time.monotonic() - began < 5
+
+
 def _join_through_the_launchers_store(port: int, restart_count: int) -> None:
     """As under `torchrun --max-restarts`: the launcher's store outlives the ranks and keeps what they wrote."""
     teardown()
@@ -105,6 +123,14 @@ def test_a_barrier_names_the_rank_that_did_not_come() -> None:
 
 def test_a_rank_that_a_signal_stopped_stops_those_that_wait_for_it() -> None:
     run_distributed_test(_leave_on_rank_one, 2)
+
+
+def test_a_long_wait_outlasts_the_collectives_timeout() -> None:
+    run_distributed_test(_come_late_on_rank_zero, 2, timeout_s=5)
+
+
+def test_a_rank_that_a_signal_stopped_ends_a_long_wait() -> None:
+    run_distributed_test(_leave_a_long_wait_on_rank_one, 2)
 
 
 @pytest.mark.slow

@@ -14,7 +14,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prlhf.data.context import facts_record
-from prlhf.distributed import all_reduce_any, barrier, beat, is_main, rank, world_size
+from prlhf.distributed import (
+    DEFAULT_TIMEOUT_S,
+    all_reduce_any,
+    barrier,
+    beat,
+    counts_of_ranks,
+    is_main,
+    rank,
+    world_size,
+)
 from prlhf.engine.faults import reach
 from prlhf.engine.optim import RowLazyAdamW
 from prlhf.engine.optimizer_state import load_optimizer_, optimizer_tensors
@@ -54,6 +63,7 @@ logger = logging.getLogger(__name__)
 OPTIMIZER = "optimizer.safetensors"
 CONFIG = "config.yaml"
 DISK_PROBLEMS = (OSError, RunDirError, CheckpointError, DataError)  # of this rank; not the loss of another one
+SMALL = 3e8  # bytes that any disk takes before other ranks are tired of waiting
 SLOW_DISK = 5e6  # bytes a second, below which a rank that writes counts as one that hangs
 
 
@@ -110,7 +120,7 @@ def save_checkpoint(
         return
     problem: Exception | None = None
     flushed: dict[str, tuple[int, str]] = {}
-    needed = _num_bytes(model, optimizer)
+    needed = max(counts_of_ranks(_num_bytes(model, optimizer)))
     beat(patience_s=needed / SLOW_DISK)
     lora = identity.spec.lora_rank is not None
     tensors = {TRAINABLE: trained_tensors(model, lora=lora), OPTIMIZER: optimizer_tensors(model, optimizer)}
@@ -351,7 +361,12 @@ def _best_of(directories: list[Path], run_dir: Path) -> Path | None:
 
 
 def _raise_together(problem: Exception | None, temporary: Path, needed: int) -> None:
-    """A rank that cannot write its part stops all of them, and leaves nothing half-written."""
+    """A rank that cannot write its part stops all of them, and leaves nothing half-written.
+
+    The others wait for the main rank as long as a slow disk needs for it, which may be longer than a collective takes.
+    """
+    if needed > SMALL:
+        barrier(timeout_s=DEFAULT_TIMEOUT_S + needed / SLOW_DISK)
     if all_reduce_any(problem is not None):
         if is_main():
             shutil.rmtree(temporary, ignore_errors=True)

@@ -28,7 +28,7 @@ from prlhf.errors import RunDirError
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.files import fsync_path
 from prlhf.models.policy import Reference
-from prlhf.usermodel.row_table import lazy_zeros
+from prlhf.usermodel.row_table import check_room, lazy_zeros
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ def compute_reference_table(
     Args:
         on_batch: called before every part and batch; may raise to stop; the parts before are in the cache.
     Returns: ReferenceTable indexed by each row's `row`.
+    Raises: RunDirError: no room for it in the folder for temporary files, or for a part in the cache.
     """
     distinct = _find_distinct(rows)
     values = torch.zeros(len(distinct.first), device=reference.device)
@@ -119,7 +120,8 @@ def compute_reference_table(
     logger.info("reference: log-probs of %d responses, %d of them kept from before", len(values), num_kept)
     row_ids = torch.tensor([row.row for row in rows], dtype=torch.int64)
     num_rows = int(row_ids.max()) + 1 if len(rows) else 0
-    table = lazy_zeros(max(num_rows, 1), 2, whole=True)[:num_rows].fill_(float("nan"))
+    check_room(8 * num_rows)
+    table = lazy_zeros(max(num_rows, 1), 2)[:num_rows].fill_(float("nan"))
     table[row_ids] = values[torch.from_numpy(distinct.numbers)].view(-1, 2)
     return ReferenceTable(table[:, 0], table[:, 1])
 

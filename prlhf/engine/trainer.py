@@ -320,7 +320,7 @@ def _check_scale(config: Config, state: dict[str, Any], max_steps: int) -> None:
     """
     scale = 1.0 if config.model.lora is None else config.model.lora.final_scale
     step = state["step"]
-    if step >= max_steps and state["adapter_scale"] != scale:
+    if step >= max_steps and state.get("adapter_scale", 1.0) != scale:
         raise RunDirError(
             f"train.max_steps: the run has {max_steps} steps and is at step {step}, whose adapters were not multiplied "
             f"by model.lora.final_scale {scale}, as those of a last step are; set it above {step}"

@@ -249,13 +249,11 @@ def load_final(run_dir: Path) -> dict[str, Any]:
     Raises: DataError: the run has none yet, or the file holds something else.
     """
     path = run_dir / "eval" / "final.json"
-    anew = f"remove {run_dir / 'STATUS.json'} and call prlhf train again, which evaluates the trained run anew"
+    anew = "remove it and call prlhf train again, which evaluates the trained run anew"
     try:
         final = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such file; finish the run with prlhf train, or evaluate it with prlhf eval"
-        ) from None
+        raise DataError(f"{path}: no such file; finish the run with prlhf train") from None
     except ValueError as error:
         raise DataError(f"{path}: not valid JSON ({error}); {anew}") from None
     if not isinstance(final, dict):

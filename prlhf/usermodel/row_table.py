@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import shutil
 import tempfile
 import weakref
@@ -37,22 +36,15 @@ def make_table(*shape: int) -> nn.Parameter:
     return RowTable(lazy_zeros(*shape))
 
 
-def lazy_zeros(*shape: int, whole: bool = False) -> Tensor:
+def lazy_zeros(*shape: int) -> Tensor:
     """Zeros, float32, on the CPU, of which only pages that were used exist.
 
     They are mapped from a file without a name in the folder for temporary files (TMPDIR), which takes disk where rows
     were written; so the system can put rows that are not in use there when memory is short. Writing where the disk has
-    no room kills the process, so there must be some: see `check_room`.
-
-    Args:
-        whole: all of it will be written, so all of its disk is taken now.
-    Raises: RunDirError: there is no room for that.
+    no room kills the process, so look before: `check_room`.
     """
     num_bytes = 4 * torch.Size(shape).numel()
     with tempfile.TemporaryFile() as file:
-        if whole:
-            check_room(num_bytes)
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
         file.truncate(num_bytes)
         pages = mmap.mmap(file.fileno(), num_bytes)
     pages.madvise(mmap.MADV_RANDOM)  # reading ahead would bring pages that nobody uses into being

@@ -7,8 +7,10 @@ import logging
 import math
 import resource
 import shutil
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from prlhf.usermodel import row_table
 from prlhf.usermodel.store import UserStore
 from tests.engine.cuts import step_of
 from tests.engine.two_ranks import resumable, state_of
+from tests.run_distributed import run_distributed_test
 from tests.tiny_run import (
     Crash,
     Tiny,
@@ -361,3 +364,25 @@ def test_tokens_of_all_ranks_are_kept(tiny: Tiny, two_ranks: Path, tmp_path: Pat
         for run_dir in (tmp_path / "one", two_ranks / "one_then_two")
     )
     assert mixed == pytest.approx(alone, rel=0.25)
+
+
+def _save_slowly(tiny: Tiny, folder: Path) -> None:
+    """On each rank; the main one's disk is slower than a collective waits."""
+    job = trained_job(tiny)
+    seal_directory = checkpoint_module.seal_directory
+
+    def slowly(*args: Any) -> None:
+        time.sleep(20)
+        seal_directory(*args)
+
+    with (
+        mock.patch.object(checkpoint_module, "seal_directory", slowly),
+        mock.patch.object(checkpoint_module, "SMALL", 0),
+    ):
+        saved(job, folder)
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_a_slow_disk_longer_than_for_each_other(tiny: Tiny, tmp_path: Path) -> None:
+    run_distributed_test(_save_slowly, 2, tiny, tmp_path, timeout_s=15)
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000001"
