@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def _score(args: argparse.Namespace) -> int:
         make_place(args.out)
     records = score_file(args.checkpoint, args.data, args.users)
     if args.out is None:
-        sys.stdout.writelines(json.dumps(record) + "\n" for record in records)
+        sys.stdout.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     else:
         write_jsonl(args.out, records)
     return 0
@@ -263,6 +264,7 @@ def _chat(args: argparse.Namespace) -> int:
     policy, limits = _load_to_answer(args.checkpoint)
     user_ids = user_indices(policy, known_users(policy, [args.user]))
     history: list[Message] = []
+    options = _sampling(args)
     while True:
         sys.stdout.write(f"{args.user}> ")
         sys.stdout.flush()
@@ -279,7 +281,8 @@ def _chat(args: argparse.Namespace) -> int:
             history.append(Message("user", line.strip()))
         prompt = tuple(history) or line.strip()
         about = about_users(policy, [(args.user, prompt)], args.user_text)
-        answer = generate(policy, [prompt], user_ids, options=_sampling(args), **about, **limits)[0]
+        answer = generate(policy, [prompt], user_ids, options=options, **about, **limits)[0]
+        options = replace(options, seed=options.seed + 1)  # else every answer would be drawn alike
         if history:
             history.append(Message("assistant", answer))
         sys.stdout.write(answer + "\n")
@@ -327,7 +330,7 @@ def _read_prompts(path: Path) -> list[Any]:
             prompts.append(response_row({"prompt": record["prompt"], "response": ""}, f"{path}:{number}").prompt)
     else:
         try:
-            prompts = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"{path}: cannot be read ({error}); give a UTF-8 text file with one prompt a line"

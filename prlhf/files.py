@@ -157,16 +157,25 @@ def check_can_appear(path: Path) -> None:
 def make_place(path: Path) -> None:
     """Make the folder of a file to be written, before any work.
 
-    Raises: RunDirError: a folder is in the file's place, or none can be made for it.
+    Raises: RunDirError: a folder is in the file's place, or none can be made for it or written to.
     """
     check_can_appear(path)
     if path.is_dir():
         raise RunDirError(f"{path}: is a folder; give a file")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise RunDirError(f"{path}: cannot be written, as {path.parent} is read-only for you; choose another path")
 
 
 def publish_directory(temporary: Path, final: Path) -> None:
-    """Rename a sealed directory into its place and flush the parent."""
+    """Rename a sealed directory into its place and flush the parent.
+
+    safetensors makes its files its owner's alone; they get the rights that any new file has.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in temporary.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
     temporary.rename(final)
     fsync_path(final.parent)
 

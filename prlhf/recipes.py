@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sysconfig
 from pathlib import Path
@@ -34,7 +35,7 @@ def list_recipes() -> dict[str, str]:
 
 
 def copy_recipes(names: list[str], out: Path) -> list[Path]:
-    """Copy experiments into a folder, by their names; all or none.
+    """Copy experiments into a folder, by their names; all or none. A sweep varies the experiment beside it there.
 
     Raises: ConfigError: an unknown name, or a file of that name is there, one line each.
     """
@@ -46,8 +47,18 @@ def copy_recipes(names: list[str], out: Path) -> list[Path]:
         raise ConfigError(*problems)
     for name, path in targets.items():
         make_place(path)
-        write_text_atomic(path, (root / f"{name}.yaml").read_text(encoding="utf-8"))
+        write_text_atomic(path, _based_in(out, (root / f"{name}.yaml").read_text(encoding="utf-8")))
     return list(targets.values())
+
+
+def _based_in(out: Path, text: str) -> str:
+    """A sweep's text, with the experiment that it varies taken from the copies; another file's as it is."""
+    return re.sub(
+        r"^base: experiments/(\S+)$",
+        lambda found: f"base: {json.dumps((out / found[1]).as_posix(), ensure_ascii=False)}",
+        text,
+        flags=re.MULTILINE,
+    )
 
 
 def _first_words(text: str) -> str:

@@ -205,6 +205,9 @@ def test_chat_answers_until_the_input_ends(run: Run, trained: Path, monkeypatch:
     code, out, _ = run("chat", trained / "tiny", "--user", "bob", "--max-new-tokens", "3")
     assert code == 0
     assert out.count("bob> ") == 4, "two questions, an empty line, and the end"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\n" * 4))
+    _, out, _ = run("chat", trained / "tiny", "--user", "bob", "--max-new-tokens", "8", "--temperature", "2")
+    assert len(set(out.split("bob> "))) == 6, "each answer is drawn anew"
 
 
 def test_compare_tabulates_runs(run: Run, trained: Path) -> None:
@@ -313,7 +316,7 @@ def test_texts_may_hold_what_python_takes_for_an_end_of_line(run: Run, tmp_path:
     assert code == 0 and "One\\u2029" in out
     assert run("compare", run.runs / "tiny")[0] == 0
     assert run("report", run.runs / "tiny")[0] == 0
-    (tmp_path / "prompts.txt").write_text("One\u2028Two\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\ufeffOne\u2028Two\n", encoding="utf-8")
     answers = tmp_path / "answers.jsonl"
     arguments = ("--prompts", tmp_path / "prompts.txt", "--out", answers, "--max-new-tokens", 1, "--users", "generic")
     assert run("generate", run.runs / "tiny", *arguments)[0] == 0

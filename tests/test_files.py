@@ -8,11 +8,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from prlhf.errors import CheckpointError
+from prlhf.errors import CheckpointError, RunDirError
 from prlhf.files import (
     MANIFEST,
     find_damage,
+    make_place,
     publish_directory,
     read_json,
     remove_directories,
@@ -144,6 +147,25 @@ def test_publishing_moves_the_whole_directory(sealed: Path, tmp_path: Path) -> N
     publish_directory(sealed, tmp_path / "final")
     assert not sealed.exists()
     assert find_damage(tmp_path / "final") == []
+
+
+def test_what_is_published_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        (tmp_path / "new").mkdir()
+        save_file({"a": torch.zeros(2)}, tmp_path / "new" / "a.safetensors")
+        publish_directory(tmp_path / "new", tmp_path / "final")
+        assert (tmp_path / "final" / "a.safetensors").stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(RunDirError, match=f"{tmp_path}/a.json: cannot be written, as {tmp_path} is read-only"):
+        make_place(tmp_path / "a.json")
 
 
 def test_removing_takes_what_is_there(sealed: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from prlhf import recipes
 from prlhf.cli import main
 from prlhf.config import load_config
+from prlhf.engine.sweep import load_sweep
 from prlhf.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1] / "experiments"
@@ -31,6 +32,13 @@ def test_cp_copies_what_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str
     copies = [tmp_path / "mine" / "psoups.yaml", tmp_path / "mine" / "paper" / "tldr.yaml"]
     assert capsys.readouterr().out.split() == list(map(str, copies))
     assert [load_config(path).name for path in copies] == ["psoups", "paper_tldr"]
+
+
+def test_a_copied_sweep_varies_the_experiment_beside_it(tmp_path: Path) -> None:
+    out = tmp_path / "my runs"
+    assert main(["recipes", "cp", "psoups", "sweeps/psoups_alpha", "--out", str(out)]) == 0
+    sweep = load_sweep(out / "sweeps" / "psoups_alpha.yaml")
+    assert sweep.base == str(out / "psoups.yaml") and len(sweep.points) > 1
 
 
 def test_cp_refuses_unknown_names_and_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,11 +41,13 @@ def read_feedback(path: Path, user_id: str | None) -> dict[str, list[Located]]:
 
     Args:
         user_id: whose rows those without "user_id" are; None where every row names its user.
-    Raises: DataError: every bad line, or a row of another user than `user_id`.
+    Raises: DataError: every bad line, a row of another user than `user_id`, or no row at all.
     """
 
     def parse(record: dict[str, Any], where: str) -> JudgedRow:
         """A row of the file's user."""
+        if user_id is None and "user_id" not in record:
+            raise DataError(f"{where}: no user_id; give --user ID, or name the user in every line")
         row = _row({"user_id": user_id, **record}, where)
         if user_id is not None and row.user_id != user_id:
             raise DataError(f"{where}: a row of user {quote(row.user_id)}; leave --user out to add all users of the "
@@ -55,6 +57,8 @@ def read_feedback(path: Path, user_id: str | None) -> dict[str, list[Located]]:
     users: dict[str, list[Located]] = {}
     for where, row in read_every_row(path, parse):
         users.setdefault(row.user_id, []).append((where, row))
+    if not users:
+        raise DataError(f"{path}: holds no judgment; write pairs, thumbs or edits, one a line")
     return users
 
 

@@ -61,7 +61,7 @@ def add_new_users(args: argparse.Namespace) -> int:
         write_with_users(directory, args.out, model, {}, facts, texts, figures)
         for user, own in facts.items():
             read = {"text": own.text} if model.contexts.kind == "text" else {"pairs": len(own.pairs)}
-            sys.stdout.write(json.dumps({"user_id": user, **read}) + "\n")
+            sys.stdout.write(json.dumps({"user_id": user, **read}, ensure_ascii=False) + "\n")
         return 0
     fitted = _fit(model, config, feedback, held_out, pairs)
     reports = [_report(model, user, one) for user, one in fitted.items()]
@@ -69,7 +69,7 @@ def add_new_users(args: argparse.Namespace) -> int:
     figures = [{name: report[name] for name in report if name not in ("like", "opposite")} for report in reports]
     states = {user: one.state for user, one in fitted.items()}
     write_with_users(directory, args.out, model, states, {}, texts, figures)
-    sys.stdout.writelines(json.dumps(report) + "\n" for report in reports)
+    sys.stdout.writelines(json.dumps(report, ensure_ascii=False) + "\n" for report in reports)
     return 0
 
 

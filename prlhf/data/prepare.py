@@ -106,6 +106,8 @@ def _refuse_foreign_options(args: argparse.Namespace) -> None:
         for options, (homes, given) in foreign.items()
         if given and args.format not in homes
     ]
+    if args.raw is not None and args.format.startswith("builtin:"):
+        messages.append(f"prlhf data prepare {args.format}: --raw is for data of your own; leave it out")
     if messages:
         raise DataError(*messages)
 

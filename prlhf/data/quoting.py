@@ -12,8 +12,8 @@ MATCHABLE_NAMES = 10_000  # a third of a second; of many names one more is alike
 
 
 def quote(value: object) -> str:
-    """`value` as ASCII in quotes, cut to one short line: ids and texts may hold anything, control codes too."""
-    shown = ascii(value)
+    """`value` in quotes, cut to one short line; what cannot be printed, control codes too, is shown by its code."""
+    shown = repr(value)
     if len(shown) <= SHOWN_CHARACTERS:
         return shown
     return f"{shown[:SHOWN_CHARACTERS]}... ({len(shown)} characters)"

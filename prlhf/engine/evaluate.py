@@ -11,6 +11,7 @@ from typing import Any
 from prlhf.config import Config, config_from_dict, config_to_dict, load_config
 from prlhf.data.load import load_evaluation_file
 from prlhf.data.prepared import SPLITS
+from prlhf.data.quoting import quote
 from prlhf.data.records import PreferenceData
 from prlhf.data.user_index import UserIndex
 from prlhf.engine.build import evaluation_contexts, load_job_data, load_job_neutral, make_autocast, pick_device
@@ -112,9 +113,10 @@ def _known_rows(data: PreferenceData, known: UserIndex | None) -> PreferenceData
     if not unknown:
         return data
     logger.warning(
-        "%d users of eval_seen are not known to the checkpoint (%s ...): reported as unseen, under the generic user",
+        "users of eval_seen whom the checkpoint does not know (%d, such as %s): reported as unseen, under the "
+        "generic user",
         len(unknown),
-        unknown[0],
+        quote(unknown[0]),
     )
     seen = [row for row in data.eval_seen if row.user_id in known]
     moved = [row for row in data.eval_seen if row.user_id not in known]

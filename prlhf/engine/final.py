@@ -388,9 +388,11 @@ def _evaluator_of(job: Job, on_batch: OnBatch, *, with_reference: bool) -> Evalu
 
 
 def write_final(run_dir: Path, final: dict[str, Any], samples: dict[str, list[Sample]]) -> None:
-    """Write `eval/final.json` and a samples file for each of policy, reference and generic user."""
+    """Write `eval/final.json` and a samples file for each of policy, reference and generic user, and no others'."""
     for folder in ("eval", "samples"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
+    for path in (run_dir / "samples").glob("*.jsonl"):  # of an earlier evaluation
+        path.unlink()
     for name, group in samples.items():
         text = "".join(json.dumps(sample.record(), ensure_ascii=False) + "\n" for sample in group)
         write_text_atomic(run_dir / "samples" / f"{name}.jsonl", text)

@@ -23,6 +23,7 @@ from prlhf.errors import ConfigError, Preempted, PrlhfError
 logger = logging.getLogger(__name__)
 
 EXIT_BAD_INPUT = 2
+MAX_LINES = 20  # of one kind of mistake that a file may hold on every line
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BAD_PATH = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -121,8 +122,10 @@ def report_errors(run: object, args: argparse.Namespace) -> int:
     try:
         return run(args)  # type: ignore[operator]
     except PrlhfError as error:
-        for message in error.messages:
+        for message in error.messages[:MAX_LINES]:
             _say(f"error: {message}")
+        if len(error.messages) > MAX_LINES:
+            _say(f"error: {len(error.messages) - MAX_LINES} more such lines")
         return error.exit_code
     except Preempted as error:
         _say(str(error))

@@ -84,11 +84,12 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
     with RunDir(run_dir, writes=is_main()) as lock, StopFlag(again) as stop:
         checkpoint = _starting_checkpoint(config, run_dir, resume)
         if checkpoint is not None and lock.is_finished(step_of(checkpoint)) and _is_unchanged(config, run_dir):
-            logger.info("%s is finished; nothing to do. To train anew choose another name=", run_dir)
+            logger.info("%s is finished; nothing to do (its data was not read); to train anew choose another name=",
+                        run_dir)
             return load_final(run_dir)
         job = build_job(config)
         if checkpoint is not None:
-            _check_scale(config, read_json(checkpoint / STATE), job.max_steps)
+            _check_max_steps(config, read_json(checkpoint / STATE), job.max_steps)
         if job.preferences is not None:
             refuse_forgotten([run_dir, *([] if checkpoint is None else [checkpoint])], job.preferences.all_user_ids())
         reference_of = _make_reference(job, run_dir.parent / REFERENCE_CACHE, stop)
@@ -311,19 +312,22 @@ def _is_unchanged(config: Config, run_dir: Path) -> bool:
     return not set(changed_keys(load_config(run_dir / CONFIG), config)) - {"name"}
 
 
-def _check_scale(config: Config, state: dict[str, Any], max_steps: int) -> None:
-    """Refuse to end a run at a step that was not saved as its last one, where the last one scales the adapters.
+def _check_max_steps(config: Config, state: dict[str, Any], max_steps: int) -> None:
+    """Refuse a last step that is past, or that was saved as one among others where the last one scales the adapters.
 
     Args:
         state: of the checkpoint that the run goes on from.
-    Raises: RunDirError: `train.max_steps` was lowered to a step that is past.
+    Raises: RunDirError: `train.max_steps` was lowered so far.
     """
     scale = 1.0 if config.model.lora is None else config.model.lora.final_scale
     step = state["step"]
-    if step >= max_steps and state.get("adapter_scale", 1.0) != scale:
+    if step > max_steps:
+        raise RunDirError(f"train.max_steps: the run is to have {max_steps} steps and is at step {step}; set it to "
+                          f"{step} or more, or choose another name=")
+    if step == max_steps and state.get("adapter_scale", 1.0) != scale:
         raise RunDirError(
-            f"train.max_steps: the run has {max_steps} steps and is at step {step}, whose adapters were not multiplied "
-            f"by model.lora.final_scale {scale}, as those of a last step are; set it above {step}"
+            f"train.max_steps: the run is at step {step}, whose adapters were not multiplied by "
+            f"model.lora.final_scale {scale}, as those of a last step are; set it above {step}"
         )
 
 

@@ -179,7 +179,8 @@ def _layout(policy: PersonalizedPolicy) -> str:
 prompt of {num} embeddings. `user_prompts.safetensors` holds `generic`, and `users` in the order of `user_ids`
 in `export.json`. A soft prompt stands {place}. PEFT's own prompt
 tuning puts it before BOS and cannot be combined with LoRA, so build `inputs_embeds` as `answer.py` does:
-`python answer.py --prompt "..." --user ID`. Somebody who is not in the list gets `generic`."""
+`python answer.py --prompt "..." --user ID`. For somebody who is not in the
+list leave `--user` out, which gives `generic`."""
 
 
 def _privacy(policy: PersonalizedPolicy) -> str:

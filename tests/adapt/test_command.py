@@ -229,7 +229,14 @@ def test_bad_input_is_one_line_each_and_nothing_is_written(run: Run) -> None:
         [line] = run.refused("adapt", checkpoint, "--user", "eve", "--pool", unusable, *rest)
         assert line.startswith(f"{unusable}:1: cannot be used, as both responses are the same up to where")
     empty = write_jsonl(run.folder / "empty.jsonl", [])
-    assert len(run.refused("adapt", checkpoint, "--feedback", empty, "--out", out)) == 1
+    for ids in ((), ("--user", "eve")):
+        assert run.refused("adapt", checkpoint, *ids, "--feedback", empty, "--out", out) == [
+            f"{empty}: holds no judgment; write pairs, thumbs or edits, one a line"
+        ]
+    nameless = write_jsonl(run.folder / "nameless.jsonl", [_pair("tea")] * 30)
+    lines = run.refused("adapt", checkpoint, "--feedback", nameless, "--out", out)
+    assert lines[0] == f"{nameless}:1: no user_id; give --user ID, or name the user in every line"
+    assert len(lines) == 21 and lines[-1] == "10 more such lines"
     other_user = write_jsonl(run.folder / "fay.jsonl", [_pair("tea", "fay")])
     [stranger] = run.refused("adapt", checkpoint, "--user", "dora", "--held-out", other_user, "--out", out)
     assert "'fay'" in stranger

@@ -74,6 +74,8 @@ def test_options_of_another_format_are_refused(raw: str, tmp_path: Path) -> None
     for format_name in ("tldr", "builtin:tldr"):
         with pytest.raises(DataError, match=f"{format_name}: --unseen-users, --eval-prompts are for jsonl"):
             prepare(format_name, "--out", out, "--unseen-users", "0.5")
+    with pytest.raises(DataError, match="prepare builtin:tldr: --raw is for data of your own"):
+        prepare("builtin:tldr", "--raw", raw, "--out", out)
     with pytest.raises(DataError, match="prepare convarg: no --raw PATH"):
         prepare("convarg", "--out", out)
 

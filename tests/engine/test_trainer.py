@@ -211,10 +211,19 @@ def test_a_run_does_not_end_at_a_step_whose_adapters_were_not_scaled(tiny: Tiny,
     with pytest.raises(Preempted), at_step(3, stop_signal):
         train(tiny.config(train__max_steps=6, **settings), tmp_path / "run")
     before = snapshot(tmp_path)
-    with pytest.raises(RunDirError, match="train.max_steps: the run has 4 steps and is at step 4.* set it above 4"):
+    with pytest.raises(RunDirError, match="train.max_steps: the run is at step 4, .* set it above 4"):
         train(tiny.config(train__max_steps=4, **settings), tmp_path / "run")
+    with pytest.raises(RunDirError, match="train.max_steps: .* 3 steps and is at step 4; set it to 4 or more"):
+        train(tiny.config(train__max_steps=3, **settings), tmp_path / "run")
     assert snapshot(tmp_path) == before
     assert train(tiny.config(train__max_steps=5, **settings), tmp_path / "run")["step"] == 5
+
+
+def test_samples_are_those_of_the_last_evaluation(tiny: Tiny, tmp_path: Path) -> None:
+    train(tiny.config(train__max_steps=1, eval__generate=1), tmp_path / "run")
+    assert (tmp_path / "run" / "samples" / "policy.jsonl").exists()
+    train(tiny.config(train__max_steps=2, eval__generate=0), tmp_path / "run")
+    assert list((tmp_path / "run" / "samples").iterdir()) == []
 
 
 def test_a_finished_run_without_its_evaluation_is_evaluated_again(tiny: Tiny, tmp_path: Path) -> None:
