@@ -391,9 +391,10 @@ def write_final(run_dir: Path, final: dict[str, Any], samples: dict[str, list[Sa
     """Write `eval/final.json` and a samples file for each of policy, reference and generic user, and no others'."""
     for folder in ("eval", "samples"):
         (run_dir / folder).mkdir(parents=True, exist_ok=True)
-    for path in (run_dir / "samples").glob("*.jsonl"):  # of an earlier evaluation
-        path.unlink()
     for name, group in samples.items():
         text = "".join(json.dumps(sample.record(), ensure_ascii=False) + "\n" for sample in group)
         write_text_atomic(run_dir / "samples" / f"{name}.jsonl", text)
+    for path in (run_dir / "samples").glob("*.jsonl"):
+        if path.stem not in samples:
+            path.unlink()  # of an earlier evaluation
     write_json_atomic(run_dir / "eval" / "final.json", final)
