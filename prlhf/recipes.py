@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sysconfig
+from collections.abc import Collection
 from pathlib import Path
 
 from prlhf.errors import ConfigError
@@ -35,7 +36,7 @@ def list_recipes() -> dict[str, str]:
 
 
 def copy_recipes(names: list[str], out: Path) -> list[Path]:
-    """Copy experiments into a folder, by their names; all or none. A sweep varies the experiment beside it there.
+    """Copy experiments into a folder, by their names; all or none. A sweep varies its experiment's copy, if any.
 
     Raises: ConfigError: an unknown name, or a file of that name is there, one line each.
     """
@@ -47,18 +48,16 @@ def copy_recipes(names: list[str], out: Path) -> list[Path]:
         raise ConfigError(*problems)
     for name, path in targets.items():
         make_place(path)
-        write_text_atomic(path, _based_in(out, (root / f"{name}.yaml").read_text(encoding="utf-8")))
+        write_text_atomic(path, _on_copies((root / f"{name}.yaml").read_text(encoding="utf-8"), out, targets))
     return list(targets.values())
 
 
-def _based_in(out: Path, text: str) -> str:
-    """A sweep's text, with the experiment that it varies taken from the copies; another file's as it is."""
-    return re.sub(
-        r"^base: experiments/(\S+)$",
-        lambda found: f"base: {json.dumps((out / found[1]).as_posix(), ensure_ascii=False)}",
-        text,
-        flags=re.MULTILINE,
-    )
+def _on_copies(text: str, out: Path, copied: Collection[str]) -> str:
+    """A sweep's text, with its experiment taken from the folder where that is copied, too; any other text as it is."""
+    base = re.search(r"^base: experiments/(\S+)\.yaml$", text, flags=re.MULTILINE)
+    if base is None or base[1] not in copied:
+        return text
+    return text.replace(base[0], f"base: {json.dumps(str(out / f'{base[1]}.yaml'), ensure_ascii=False)}")
 
 
 def _first_words(text: str) -> str:

@@ -39,6 +39,9 @@ def test_a_copied_sweep_varies_the_experiment_beside_it(tmp_path: Path) -> None:
     assert main(["recipes", "cp", "psoups", "sweeps/psoups_alpha", "--out", str(out)]) == 0
     sweep = load_sweep(out / "sweeps" / "psoups_alpha.yaml")
     assert sweep.base == str(out / "psoups.yaml") and len(sweep.points) > 1
+    assert main(["recipes", "cp", "sweeps/psoups_alpha", "--out", str(tmp_path / "alone")]) == 0
+    alone = tmp_path / "alone" / "sweeps" / "psoups_alpha.yaml"
+    assert alone.read_text() == (ROOT / "sweeps" / "psoups_alpha.yaml").read_text()
 
 
 def test_cp_refuses_unknown_names_and_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
