@@ -195,9 +195,7 @@ def build_job(config: Config) -> Job:
             f"train.batch_rows: got {config.train.batch_rows}, which {world_size()} ranks do not divide; "
             f"use a multiple of {world_size()}"
         )
-    if config.train.num_threads:
-        torch.set_num_threads(config.train.num_threads)
-    torch.manual_seed(config.seed + rank())
+    _set_up_torch(config)
     if config.model.dtype == "bfloat16" and config.model.lora is None:
         logger.warning("model.dtype bfloat16 with lora: null: most of AdamW's steps are too small for bfloat16 weights "
                        "and round away; use float32 with train.precision bf16")
@@ -247,6 +245,13 @@ def build_job(config: Config) -> Job:
         pad_id=pad_token_id(model.tokenizer),
         contexts=contexts,
     )
+
+
+def _set_up_torch(config: Config) -> None:
+    """Threads, and this rank's random numbers."""
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    torch.manual_seed(config.seed + rank())
 
 
 def _tokenize(config: Config, model: Model, data: JobData) -> Tokenized[Any]:

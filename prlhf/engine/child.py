@@ -11,8 +11,9 @@ from typing import Protocol
 
 from prlhf.config import Config, changed_keys, load_config
 from prlhf.engine.checkpoint import CONFIG
-from prlhf.engine.run_dir import FINAL, read_status
+from prlhf.engine.run_dir import read_status
 from prlhf.errors import ConfigError, Preempted
+from prlhf.evaluation.report import FINAL
 
 
 class Child(Protocol):

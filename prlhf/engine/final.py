@@ -35,13 +35,8 @@ from prlhf.evaluation.accuracy import (
 from prlhf.evaluation.baselines import few_shot_baseline, format_only_accuracy, prompted_baseline
 from prlhf.evaluation.judges import Judge, judge_of
 from prlhf.evaluation.leaks import expected_when_shuffled, shuffled_users
-from prlhf.evaluation.samples import (
-    Sample,
-    judge_generations,
-    sample_answers,
-    score_under_reference,
-    words_per_user,
-)
+from prlhf.evaluation.report import FINAL
+from prlhf.evaluation.samples import Sample, judge_generations, sample_answers, score_under_reference, words_per_user
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.evaluation.tax import personalization_tax
 from prlhf.files import write_json_atomic, write_text_atomic
@@ -397,4 +392,4 @@ def write_final(run_dir: Path, final: dict[str, Any], samples: dict[str, list[Sa
     for path in (run_dir / "samples").glob("*.jsonl"):
         if path.stem not in samples:
             path.unlink()  # of an earlier evaluation
-    write_json_atomic(run_dir / "eval" / "final.json", final)
+    write_json_atomic(run_dir / FINAL, final)

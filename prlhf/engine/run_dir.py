@@ -14,12 +14,12 @@ import torch
 
 from prlhf import __version__
 from prlhf.errors import Preempted, RunDirError
+from prlhf.evaluation.report import FINAL
 from prlhf.files import LockFile, write_json_atomic, write_text_atomic
 
 STATUS = "STATUS.json"
 METRICS = "metrics.jsonl"
 LOCK = ".lock"
-FINAL = Path("eval") / "final.json"
 
 
 class RunDir:

@@ -11,6 +11,7 @@ from typing import Any
 from prlhf.errors import DataError, printable
 from prlhf.files import read_json_lines
 
+FINAL = Path("eval") / "final.json"  # of a run directory
 COLUMN_WIDTH = 38
 NUM_SIDE_BY_SIDE = 3
 CEILING = "best possible under the labels' noise"
@@ -248,7 +249,7 @@ def load_final(run_dir: Path) -> dict[str, Any]:
 
     Raises: DataError: the run has none yet, or the file holds something else.
     """
-    path = run_dir / "eval" / "final.json"
+    path = run_dir / FINAL
     anew = "remove it and call prlhf train again, which evaluates the trained run anew"
     try:
         final = json.loads(path.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prlhf.errors import DataError
-from prlhf.evaluation.report import load_final
+from prlhf.evaluation.report import FINAL, load_final
 from prlhf.files import read_json
 from prlhf.models.assemble import STATE
 
@@ -94,7 +94,7 @@ def _read_run(folder: Path, name: str) -> RunFiles:
         config=_read(folder / "config.yaml", str),
         metrics=_read_lines(folder / "metrics.jsonl"),
         evaluations=sorted(steps, key=lambda evaluation: evaluation["step"]),
-        final=load_final(folder) if (folder / "eval" / "final.json").exists() else None,
+        final=load_final(folder) if (folder / FINAL).exists() else None,
         samples={
             who: rows
             for who in ("policy", "reference", "generic")
