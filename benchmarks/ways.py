@@ -26,6 +26,7 @@ from prlhf.engine.objective import Objective, ReferenceLogps
 from prlhf.engine.reference import LiveReference
 from prlhf.losses import pdpo_loss, response_logps
 from prlhf.models.blocks import compile_blocks_
+from prlhf.models.head import find_head
 from prlhf.models.lora import add_lora_
 from prlhf.models.packing import Packing, set_up_packing_
 from prlhf.models.policy import PersonalizedPolicy, Reference
@@ -79,7 +80,7 @@ def make_policy(
     encoder.init_(0.02 * torch.randn(NUM_USER_TOKENS, dim))
     users = UserIndex([f"u{i}" for i in range(NUM_USERS)])
     policy = PersonalizedPolicy(backbone, SimpleNamespace(bos_token_id=1), user_encoder=encoder, users=users)
-    policy.packing = packing
+    policy.packing, policy.head = packing, find_head(backbone)
     return policy.to(device)
 
 

@@ -8,6 +8,8 @@ import torch
 
 from benchmarks import ways
 from benchmarks.cpu import useful_flops
+from prlhf.losses.token_logps import CHUNK_LOGITS
+from tests.largest_tensor import LargestTensor
 
 
 def gradient_of(bench: ways.Bench, way: str, step: ways.Step) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,6 +33,15 @@ def test_all_ways_give_the_same_losses_and_gradients(lora: bool) -> None:
         losses, other = gradient_of(bench, way, step)
         torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
         assert (other - gradient).norm() < 1e-3 * gradient.norm()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_logits_exist_a_chunk_at_a_time_as_they_do_in_training(packed: bool) -> None:
+    bench = ways.make_bench(lora=True)
+    step = ways.make_step(bench, ways.draw_rows("psoups", np.random.default_rng(0))[:2])
+    with LargestTensor() as largest:
+        ways.prlhf_losses(bench, step, packed=packed)
+    assert largest.numel == CHUNK_LOGITS // 32000 * 32000
 
 
 @pytest.mark.slow

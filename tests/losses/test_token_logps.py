@@ -26,12 +26,14 @@ def test_equal_logits_give_each_token_its_share():
 
 
 @pytest.mark.parametrize("chunk_logits", [1, 3 * VOCAB, 10**6], ids=["one token", "ragged chunks", "one chunk"])
+@pytest.mark.parametrize("kept_logits", [0, 5 * VOCAB, 10**6], ids=["none kept", "some kept", "all kept"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_are_those_of_log_softmax_however_it_is_cut(chunk_logits, bias):
+def test_values_and_gradients_are_those_of_log_softmax_however_it_is_cut(chunk_logits, kept_logits, bias):
     hidden, weight, offset, targets = _inputs(bias=bias)
     leaves = [x.requires_grad_() for x in (hidden, weight, offset) if x is not None]
     upstream = torch.arange(1.0, NUM_TOKENS + 1, dtype=torch.float64)
-    logps = linear_token_logps(hidden, weight, offset, targets, chunk_logits=chunk_logits)
+    cut = {"chunk_logits": chunk_logits, "kept_logits": kept_logits}
+    logps = linear_token_logps(hidden, weight, offset, targets, **cut)
     expected = F.linear(hidden, weight, offset).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(logps, expected, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad((logps * upstream).sum(), leaves)
@@ -47,11 +49,14 @@ def test_gradcheck():
 
 @pytest.mark.parametrize(("scale", "softcap"), [(0.25, None), (1.0, 2.0), (3.0, 1.5)])
 @pytest.mark.parametrize("chunk_logits", [1, 3 * VOCAB, None], ids=["one token", "ragged chunks", "one chunk"])
-def test_scaled_and_capped_logits_have_the_values_and_gradients_of_log_softmax(chunk_logits, scale, softcap):
+@pytest.mark.parametrize("kept_logits", [0, 10**6], ids=["none kept", "all kept"])
+def test_scaled_and_capped_logits_have_the_values_and_gradients_of_log_softmax(
+    chunk_logits, kept_logits, scale, softcap
+):
     hidden, weight, bias, targets = _inputs()
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     upstream = torch.arange(1.0, NUM_TOKENS + 1, dtype=torch.float64)
-    options = {"scale": scale, "softcap": softcap, "chunk_logits": chunk_logits}
+    options = {"scale": scale, "softcap": softcap, "chunk_logits": chunk_logits, "kept_logits": kept_logits}
     logps = linear_token_logps(hidden, weight, bias, targets, **options)
     logits = scale * F.linear(hidden, weight, bias)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -92,6 +97,26 @@ def test_with_a_vocabulary_of_256_000_no_more_logits_exist_than_a_chunk_has(soft
         linear_token_logps(hidden, weight, None, targets, softcap=softcap).sum().backward()
     assert largest.numel == CHUNK_TOKENS * vocab == 32_768_000
     assert hidden.grad.abs().sum() > 0 and weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("trained", "num_kept"), [(True, 6), (False, 0)])
+def test_no_more_logits_are_kept_for_backward_than_asked_for_and_none_for_a_frozen_layer(trained, num_kept):
+    """11 tokens, 3 at a time, and room for 8: two chunks are kept."""
+    hidden, weight, _, targets = _inputs()
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        linear_token_logps(
+            hidden.requires_grad_(), weight.requires_grad_(trained), None, targets,
+            chunk_logits=3 * VOCAB, kept_logits=8 * VOCAB,
+        )
+    assert sum(len(x) for x in saved if x.dim() == 2 and x.shape[1] == VOCAB) == num_kept
+
+
+def test_the_graph_may_be_gone_through_twice():
+    hidden, weight, _, targets = _inputs()
+    logps = linear_token_logps(hidden.requires_grad_(), weight.requires_grad_(), None, targets, chunk_logits=3 * VOCAB)
+    first = torch.autograd.grad(logps.sum(), [hidden, weight], retain_graph=True)
+    assert all(map(torch.equal, torch.autograd.grad(logps.sum(), [hidden, weight]), first))
 
 
 def test_a_frozen_layer_gets_no_gradient_and_still_passes_one_on():

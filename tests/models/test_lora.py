@@ -165,6 +165,19 @@ def test_a_layer_is_its_base_plus_the_scaled_low_rank_product(family):
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_layer_has_the_gradients_of_that_sum(family):
+    layer = next(module for module in _trained(family).modules() if isinstance(module, LoraLinear))
+    x = torch.randn(2, 5, layer.lora_A.shape[1], generator=torch.Generator().manual_seed(3), requires_grad=True)
+    leaves = [x, layer.lora_A, layer.lora_B]
+    weight = (layer.base.weight.T if family == "gpt2" else layer.base.weight).detach()
+    expected = x @ weight.T + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(
+        torch.autograd.grad(layer(x), leaves, upstream), torch.autograd.grad(expected, leaves, upstream)
+    )
+
+
 def test_adapters_of_a_bfloat16_backbone_are_float32_and_answer_in_bfloat16():
     model = tiny_model("llama").to(torch.bfloat16)
     base = _logits(model)
