@@ -134,19 +134,20 @@ def _residuals_(output: Tensor, targets: Tensor, scale: float, softcap: float | 
     Returns: log-probs of the targets and sums of e, both (S,) and in float32 at least.
     """
     logits = output.to(torch.promote_types(output.dtype, torch.float32))
-    bend: Tensor | float = scale
+    bend: Tensor | float | None = None
     if softcap is not None:
         bend = logits.mul_(scale / softcap).tanh_()
         logits = bend * softcap
         bend.square_().neg_().add_(1).mul_(scale)
     elif scale != 1:
         logits *= scale
+        bend = scale
     logits -= logits.amax(dim=1, keepdim=True)
     places = targets[:, None]
     scores = logits.gather(1, places)
     totals = logits.exp_().sum(dim=1, keepdim=True)
     logits.scatter_add_(1, places, -totals)
-    if softcap is not None or scale != 1:
+    if bend is not None:
         logits *= bend
     if logits is not output:
         output.copy_(logits)
