@@ -50,23 +50,74 @@ class LoraLinear(nn.Module):
         """(..., in) to (..., out), in the base layer's type; the base alone inside `adapters_disabled`."""
         if not self.enabled:
             return self.base(x)
-        rows = x.flatten(0, -2)
-        output = self.base(rows)
-        # Scaled while it is still `rank` wide: a pass over the outputs less, forward and backward.
-        low_rank = F.linear(self.dropout(rows).to(self.lora_A.dtype), self.lora_A) * self.scale
-        # So laid out, its gradient is a product with `rank` rows: with `rank` columns the CPU takes 5 times as long.
-        up = self.lora_B.T.contiguous()
-        if output.dtype == low_rank.dtype and not torch.is_autocast_enabled(x.device.type):
-            output.addmm_(low_rank, up)
-        else:
-            output = (output + low_rank @ up).to(output.dtype)
-        return output.unflatten(0, x.shape[:-1])
+        dropped = self.dropout(x)
+        if self._is_fused(x):
+            weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+            inputs = (x, None if dropped is x else dropped)
+            return _AdaptedLinear.apply(*inputs, weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
+        low_rank = F.linear(dropped.to(self.lora_A.dtype), self.lora_A) * self.scale
+        output = self.base(x)
+        return (output + F.linear(low_rank, self.lora_B)).to(output.dtype)
+
+    def _is_fused(self, x: Tensor) -> bool:
+        """Whether base and adapter compute in one type; other kinds of layers hold weights of a form of their own."""
+        if type(self.base) not in (nn.Linear, Conv1D):
+            return False
+        types = {x.dtype, self.base.weight.dtype, self.lora_A.dtype}
+        return torch.is_autocast_enabled(x.device.type) or len(types) == 1
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """The base layer's weight and what the adapter adds to it, in the base's shape, float32."""
         update = self.scale * (self.lora_B @ self.lora_A)
         return self.base.weight.float() + (update.T if isinstance(self.base, Conv1D) else update)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """A frozen layer and its adapter, in autocast's type where that is on: what the adapter adds to the outputs, and
+    to the gradient of the inputs, is added in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """(..., out) from (..., in): x, and what dropout left of it, or None where it left everything."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        rows = x.to(dtype).flatten(0, -2)
+        inputs = rows if dropped is None else dropped.to(dtype).flatten(0, -2)
+        weight, down = weight.to(dtype), lora_a.to(dtype)
+        # So laid out, its gradient is a product with `rank` rows: with `rank` columns the CPU takes 5 times as long.
+        up = lora_b.T.to(dtype).contiguous()
+        low_rank = (inputs @ down.T).mul_(scale)  # scaled while it is still `rank` wide
+        output = F.linear(rows, weight, None if bias is None else bias.to(dtype))
+        output.addmm_(low_rank, up)
+        ctx.save_for_backward(inputs, weight, down, up, low_rank)
+        ctx.scale, ctx.has_dropout = scale, dropped is not None
+        return output.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in the type of the computation; autograd gives each the type of its tensor."""
+        inputs, weight, down, up, low_rank = ctx.saved_tensors
+        grad, leading = grads[0].flatten(0, -2), grads[0].shape[:-1]
+        d_low_rank = (grad @ up.T).mul_(ctx.scale)
+        d_x = grad @ weight if ctx.needs_input_grad[0] else None
+        d_dropped = None
+        if ctx.needs_input_grad[1]:
+            d_dropped = (d_low_rank @ down).unflatten(0, leading)
+        elif d_x is not None and not ctx.has_dropout:
+            d_x.addmm_(d_low_rank, down)
+        d_x = None if d_x is None else d_x.unflatten(0, leading)
+        return d_x, d_dropped, None, None, d_low_rank.T @ inputs, (low_rank.T @ grad).T, None
 
 
 def add_lora_(

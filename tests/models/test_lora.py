@@ -165,17 +165,58 @@ def test_a_layer_is_its_base_plus_the_scaled_low_rank_product(family):
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_layer_has_the_gradients_of_that_sum(family):
-    layer = next(module for module in _trained(family).modules() if isinstance(module, LoraLinear))
+def test_a_layer_has_the_gradients_of_that_sum(family, dropout, autocast):
+    model = _trained(family)
+    layer = next(module for module in model.modules() if isinstance(module, LoraLinear))
+    layer.dropout = nn.Dropout(dropout).train()
     x = torch.randn(2, 5, layer.lora_A.shape[1], generator=torch.Generator().manual_seed(3), requires_grad=True)
     leaves = [x, layer.lora_A, layer.lora_B]
     weight = (layer.base.weight.T if family == "gpt2" else layer.base.weight).detach()
-    expected = x @ weight.T + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T
+    bias = 0.0 if layer.base.bias is None else layer.base.bias.detach()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = layer(x)
+        torch.manual_seed(5)
+        dropped = layer.dropout(x)
+    expected = x @ weight.T + bias + 1.5 * dropped @ layer.lora_A.T @ layer.lora_B.T
+    assert output.dtype == (torch.bfloat16 if autocast else torch.float32)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4))
-    torch.testing.assert_close(
-        torch.autograd.grad(layer(x), leaves, upstream), torch.autograd.grad(expected, leaves, upstream)
+    wanted = (expected, *torch.autograd.grad(expected, leaves, upstream))
+    got = (output, *torch.autograd.grad(output, leaves, upstream.to(output.dtype)))
+    for one, other in zip(got, wanted, strict=True):
+        assert (one - other).norm() <= (1e-2 if autocast else 1e-6) * other.norm()
+    assert all(one.dtype == torch.float32 for one in got[1:])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_inputs_that_need_no_gradient_get_none_and_the_adapter_its_own(dropout):
+    layer = next(module for module in _trained("llama").modules() if isinstance(module, LoraLinear))
+    layer.dropout = nn.Dropout(dropout).eval()
+    x = torch.randn(3, layer.lora_A.shape[1], generator=torch.Generator().manual_seed(3))
+    wanted = torch.autograd.grad(
+        (x @ layer.base.weight.T + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T).sum(), [layer.lora_A, layer.lora_B]
     )
+    torch.testing.assert_close(torch.autograd.grad(layer(x).sum(), [layer.lora_A, layer.lora_B]), wanted)
+    assert x.grad is None
+
+
+class _Halves(nn.Linear):
+    """A layer whose weight is not what it multiplies with, as quantised ones have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) / 2
+
+
+def test_a_layer_of_another_kind_computes_in_its_own_way():
+    generator = torch.Generator().manual_seed(0)
+    layer = LoraLinear(_Halves(6, 4), rank=2, alpha=2.0, dropout=0.0, generator=generator)
+    nn.init.ones_(layer.lora_B)
+    x = torch.randn(3, 6, generator=generator)
+    torch.testing.assert_close(layer(x), layer.base(x) + x @ layer.lora_A.T @ layer.lora_B.T)
 
 
 def test_adapters_of_a_bfloat16_backbone_are_float32_and_answer_in_bfloat16():
