@@ -36,7 +36,7 @@ JOIN_SHARE = 1 / 8
 # what was read before costs more than plain causal attention, on the CPU as much as a share of 1/25 gains.
 HEAD_SHARE = 1 / 8
 MAX_HEADS = 256  # at a time: their keys and values stay in memory
-WINDOW_ROWS = 4  # attended to at a time, so that short rows do not read the long ones' length in pads
+WINDOW_ROWS = 8  # attended to at a time, so that short rows do not read the long ones' length in pads
 # Why a backbone is answered from one row at a time; None: it need not be.
 _REFUSALS: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 

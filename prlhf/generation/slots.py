@@ -95,10 +95,10 @@ class SlotCache(Cache):
         if not columns.lengths:
             columns.end = max(lengths)
         assert max(lengths) <= columns.end and first + len(lengths) <= columns.num_slots
-        for tensor in self._tensors():  # left of the rows too: a masked NaN is still a NaN
-            tensor[first : first + len(lengths)].zero_()
         columns.joining = [(first + i, *place) for i, place in enumerate(zip(sources, lengths, strict=True))]
         columns.heads = None if heads is None else list(heads)
+        for layer in self.layers:
+            layer.clear_joining_()
         yield
         columns.joining = None
         columns.lengths += lengths
@@ -149,10 +149,19 @@ class _SlotLayer(DynamicLayer):
         """Take the memory, of the size and type of the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = (
-            x.new_zeros(self.columns.num_slots, x.shape[1], self.columns.num_columns, x.shape[3])
+            x.new_empty(self.columns.num_slots, x.shape[1], self.columns.num_columns, x.shape[3])
             for x in (key_states, value_states)
         )
         self.is_initialized = True
+        self.clear_joining_()
+
+    def clear_joining_(self) -> None:
+        """Zeros left of the rows that join, for a masked NaN is still a NaN; elsewhere nothing is read before it is
+        written.
+        """
+        for slot, _, length in self.columns.joining or ():
+            for cached in (self.keys, self.values):
+                cached[slot, :, : self.columns.end - length] = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store what was read, and say what to attend to."""

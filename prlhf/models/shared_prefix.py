@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -133,19 +134,12 @@ def _attention(
     """
     if windows is not None:
         assert attention_mask is not None
-        parts = [
-            sdpa_attention_forward(
-                module,
-                query[rows],
-                key[rows, :, first:],
-                value[rows, :, first:],
-                attention_mask[rows, ..., first:],
-                scaling=scaling,
-                **kwargs,
-            )[0]
-            for rows, first in windows
-        ]
-        return torch.cat(parts), None
+        parts = []
+        for rows, first in windows:
+            keys, values = spread_heads(query, key[rows, :, first:], value[rows, :, first:])
+            mask = attention_mask[rows, ..., first:]
+            parts.append(F.scaled_dot_product_attention(query[rows], keys, values, mask, scale=scaling))
+        return torch.cat(parts).transpose(1, 2), None
     if trees is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     window = kwargs.pop("sliding_window", None)
@@ -154,6 +148,14 @@ def _attention(
         raise ValueError(f"tree attention cannot serve {', '.join(unknown) or 'a sliding window'}")
     scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     return tree_attention(query, key, value, trees, scale), None
+
+
+def _mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    """As for scaled dot products; of one position more, numbers at once, or every layer would make its own of them."""
+    mask = sdpa_mask(*args, **kwargs)
+    if mask is None or mask.shape[-2] > 1:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 _CHANGES_SCORES = ("softcap", "s_aux", "position_bias", "head_mask")
@@ -165,4 +167,4 @@ def keep_attention_uncompiled() -> None:
 
 
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _mask)

@@ -80,6 +80,22 @@ def test_a_user_whose_embedding_is_not_finite_spoils_no_other_answer():
     ]
 
 
+@pytest.mark.parametrize("prefill_tokens", [8, 512])  # one prompt a call, or all in one
+@pytest.mark.parametrize("users", [USERS, None])
+def test_what_lay_in_the_cache_s_memory_before_changes_no_answer(users, prefill_tokens, monkeypatch):
+    monkeypatch.setattr("prlhf.generation.decode.PREFILL_TOKENS", prefill_tokens)
+    policy = tiny_policy()
+    set_up_packing_(policy.backbone)
+    prompts = [prompt[:1] if i in (2, 4, 5) else prompt for i, prompt in enumerate(PROMPTS)]
+    before = generate_ids(policy, prompts, users, options=RAGGED, batch_rows=9)
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        assert generate_ids(policy, prompts, users, options=RAGGED, batch_rows=9) == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_equal_prompts_are_read_once_and_no_prompt_has_logits():
     policy = tiny_policy()
     generate_ids(policy, [[0, 7]], None, options=RAGGED)  # the backbone is tried once
