@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
@@ -50,21 +51,26 @@ class LoraLinear(nn.Module):
         """(..., in) to (..., out), in the base layer's type; the base alone inside `adapters_disabled`."""
         if not self.enabled:
             return self.base(x)
-        dropped = self.dropout(x)
+        rows = x.flatten(0, -2)
+        dropped = self.dropout(rows)
         if self._is_fused(x):
             weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-            inputs = (x, None if dropped is x else dropped)
-            return _AdaptedLinear.apply(*inputs, weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
-        low_rank = F.linear(dropped.to(self.lora_A.dtype), self.lora_A) * self.scale
-        output = self.base(x)
-        return (output + F.linear(low_rank, self.lora_B)).to(output.dtype)
+            inputs = (rows, None if dropped is rows else dropped)
+            output = _AdaptedLinear.apply(*inputs, weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
+        else:
+            low_rank = F.linear(dropped.to(self.lora_A.dtype), self.lora_A) * self.scale
+            output = self.base(rows)
+            output = (output + low_rank @ self.lora_B.T.contiguous()).to(output.dtype)
+        return output.unflatten(0, x.shape[:-1])
 
     def _is_fused(self, x: Tensor) -> bool:
         """Whether base and adapter compute in one type; other kinds of layers hold weights of a form of their own."""
-        if type(self.base) not in (nn.Linear, Conv1D):
+        if type(self.base) not in (nn.Linear, Conv1D) or any(p.requires_grad for p in self.base.parameters()):
             return False
         types = {x.dtype, self.base.weight.dtype, self.lora_A.dtype}
-        return torch.is_autocast_enabled(x.device.type) or len(types) == 1
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.float64 not in types  # which autocast leaves alone
+        return len(types) == 1
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -81,7 +87,7 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        rows: Tensor,
         dropped: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
@@ -89,11 +95,11 @@ class _AdaptedLinear(torch.autograd.Function):
         lora_b: Tensor,
         scale: float,
     ) -> Tensor:
-        """(..., out) from (..., in): x, and what dropout left of it, or None where it left everything."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        rows = x.to(dtype).flatten(0, -2)
-        inputs = rows if dropped is None else dropped.to(dtype).flatten(0, -2)
+        """(N, out) from (N, in): rows, and what dropout left of them, or None where it left everything."""
+        device = rows.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else rows.dtype
+        rows = rows.to(dtype)
+        inputs = rows if dropped is None else dropped.to(dtype)
         weight, down = weight.to(dtype), lora_a.to(dtype)
         # So laid out, its gradient is a product with `rank` rows: with `rank` columns the CPU takes 5 times as long.
         up = lora_b.T.to(dtype).contiguous()
@@ -102,22 +108,21 @@ class _AdaptedLinear(torch.autograd.Function):
         output.addmm_(low_rank, up)
         ctx.save_for_backward(inputs, weight, down, up, low_rank)
         ctx.scale, ctx.has_dropout = scale, dropped is not None
-        return output.unflatten(0, x.shape[:-1])
+        return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the type of the computation; autograd gives each the type of its tensor."""
         inputs, weight, down, up, low_rank = ctx.saved_tensors
-        grad, leading = grads[0].flatten(0, -2), grads[0].shape[:-1]
-        d_low_rank = (grad @ up.T).mul_(ctx.scale)
-        d_x = grad @ weight if ctx.needs_input_grad[0] else None
-        d_dropped = None
-        if ctx.needs_input_grad[1]:
-            d_dropped = (d_low_rank @ down).unflatten(0, leading)
-        elif d_x is not None and not ctx.has_dropout:
-            d_x.addmm_(d_low_rank, down)
-        d_x = None if d_x is None else d_x.unflatten(0, leading)
-        return d_x, d_dropped, None, None, d_low_rank.T @ inputs, (low_rank.T @ grad).T, None
+        (grad,) = grads
+        with torch.autocast(grad.device.type, enabled=False):
+            d_low_rank = (grad @ up.T).mul_(ctx.scale)
+            d_rows = grad @ weight if ctx.needs_input_grad[0] else None
+            d_dropped = d_low_rank @ down if ctx.needs_input_grad[1] else None
+            if d_rows is not None and not ctx.has_dropout:
+                d_rows.addmm_(d_low_rank, down)
+            return d_rows, d_dropped, None, None, d_low_rank.T @ inputs, (low_rank.T @ grad).T, None
 
 
 def add_lora_(

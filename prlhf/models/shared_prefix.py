@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -134,12 +133,19 @@ def _attention(
     """
     if windows is not None:
         assert attention_mask is not None
-        parts = []
-        for rows, first in windows:
-            keys, values = spread_heads(query, key[rows, :, first:], value[rows, :, first:])
-            mask = attention_mask[rows, ..., first:]
-            parts.append(F.scaled_dot_product_attention(query[rows], keys, values, mask, scale=scaling))
-        return torch.cat(parts).transpose(1, 2), None
+        parts = [
+            sdpa_attention_forward(
+                module,
+                query[rows],
+                key[rows, :, first:],
+                value[rows, :, first:],
+                attention_mask[rows, ..., first:],
+                scaling=scaling,
+                **kwargs,
+            )[0]
+            for rows, first in windows
+        ]
+        return torch.cat(parts), None
     if trees is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     window = kwargs.pop("sliding_window", None)
@@ -151,9 +157,12 @@ def _attention(
 
 
 def _mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
-    """As for scaled dot products; of one position more, numbers at once, or every layer would make its own of them."""
+    """As for scaled dot products; of one position more, numbers at once, or every layer would make its own of them.
+
+    On the CPU alone: kernels of other devices want numbers aligned, which a window's part of them need not be.
+    """
     mask = sdpa_mask(*args, **kwargs)
-    if mask is None or mask.shape[-2] > 1:
+    if mask is None or mask.shape[-2] > 1 or mask.device.type != "cpu":
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 

@@ -204,6 +204,38 @@ def test_inputs_that_need_no_gradient_get_none_and_the_adapter_its_own(dropout):
     assert x.grad is None
 
 
+@pytest.mark.parametrize("lead", [(3,), (2, 3)])
+def test_what_a_layer_gives_can_be_changed_in_place(lead):
+    """As OLMo does, which clips queries, keys and values right after their projections."""
+    layer = next(module for module in _trained("llama").modules() if isinstance(module, LoraLinear))
+    x = torch.randn(*lead, layer.lora_A.shape[1], generator=torch.Generator().manual_seed(3))
+    expected = torch.autograd.grad(layer(x).clamp(-0.1, 0.1).sum(), layer.lora_B)
+    torch.testing.assert_close(torch.autograd.grad(layer(x).clamp_(-0.1, 0.1).sum(), layer.lora_B), expected)
+
+
+def test_backward_under_autocast_is_that_of_the_forward_pass():
+    layer = next(module for module in _trained("llama").modules() if isinstance(module, LoraLinear))
+    x = torch.randn(3, layer.lora_A.shape[1], generator=torch.Generator().manual_seed(3), requires_grad=True)
+    leaves = [x, layer.lora_A, layer.lora_B]
+    expected = torch.autograd.grad(layer(x).sum(), leaves)
+    output = layer(x).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(output, leaves)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_second_derivatives_are_refused_and_a_base_that_is_trained_has_its_gradient():
+    layer = next(module for module in _trained("llama").modules() if isinstance(module, LoraLinear))
+    x = torch.randn(3, layer.lora_A.shape[1], generator=torch.Generator().manual_seed(3))
+    (slope,) = torch.autograd.grad(layer(x).square().sum(), layer.lora_A, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+    layer.base.weight.requires_grad_(True)
+    torch.testing.assert_close(
+        torch.autograd.grad(layer(x).sum(), layer.base.weight)[0], x.sum(0).expand_as(layer.base.weight)
+    )
+
+
 class _Halves(nn.Linear):
     """A layer whose weight is not what it multiplies with, as quantised ones have."""
 
