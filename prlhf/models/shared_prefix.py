@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -133,18 +134,13 @@ def _attention(
     """
     if windows is not None:
         assert attention_mask is not None
-        parts = [
-            sdpa_attention_forward(
-                module,
-                query[rows],
-                key[rows, :, first:],
-                value[rows, :, first:],
-                attention_mask[rows, ..., first:],
-                scaling=scaling,
-                **kwargs,
-            )[0]
-            for rows, first in windows
-        ]
+        parts = []
+        for rows, first in windows:
+            part = query[rows], key[rows, :, first:], value[rows, :, first:], attention_mask[rows, ..., first:]
+            if query.shape[1] == key.shape[1]:  # at once: what else the wrapper does takes time in every window
+                parts.append(F.scaled_dot_product_attention(*part, scale=scaling).transpose(1, 2))
+            else:  # it folds the queries of a group of heads and copies no keys
+                parts.append(sdpa_attention_forward(module, *part, scaling=scaling, **kwargs)[0])
         return torch.cat(parts), None
     if trees is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
