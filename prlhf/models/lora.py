@@ -107,7 +107,7 @@ class _AdaptedLinear(torch.autograd.Function):
         output = F.linear(rows, weight, None if bias is None else bias.to(dtype))
         output.addmm_(low_rank, up)
         ctx.save_for_backward(inputs, weight, down, up, low_rank)
-        ctx.scale, ctx.has_dropout = scale, dropped is not None
+        ctx.scale = scale
         return output
 
     @staticmethod
@@ -120,7 +120,7 @@ class _AdaptedLinear(torch.autograd.Function):
             d_low_rank = (grad @ up.T).mul_(ctx.scale)
             d_rows = grad @ weight if ctx.needs_input_grad[0] else None
             d_dropped = d_low_rank @ down if ctx.needs_input_grad[1] else None
-            if d_rows is not None and not ctx.has_dropout:
+            if d_rows is not None and d_dropped is None:
                 d_rows.addmm_(d_low_rank, down)
             return d_rows, d_dropped, None, None, d_low_rank.T @ inputs, (low_rank.T @ grad).T, None
 

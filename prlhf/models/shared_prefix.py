@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -137,10 +136,7 @@ def _attention(
         parts = []
         for rows, first in windows:
             part = query[rows], key[rows, :, first:], value[rows, :, first:], attention_mask[rows, ..., first:]
-            if query.shape[1] == key.shape[1]:  # at once: what else the wrapper does takes time in every window
-                parts.append(F.scaled_dot_product_attention(*part, scale=scaling).transpose(1, 2))
-            else:  # it folds the queries of a group of heads and copies no keys
-                parts.append(sdpa_attention_forward(module, *part, scaling=scaling, **kwargs)[0])
+            parts.append(sdpa_attention_forward(module, *part, scaling=scaling, **kwargs)[0])
         return torch.cat(parts), None
     if trees is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -152,17 +148,6 @@ def _attention(
     return tree_attention(query, key, value, trees, scale), None
 
 
-def _mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
-    """As for scaled dot products; of one position more, numbers at once, or every layer would make its own of them.
-
-    On the CPU alone: kernels of other devices want numbers aligned, which a window's part of them need not be.
-    """
-    mask = sdpa_mask(*args, **kwargs)
-    if mask is None or mask.shape[-2] > 1 or mask.device.type != "cpu":
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-
-
 _CHANGES_SCORES = ("softcap", "s_aux", "position_bias", "head_mask")
 
 
@@ -172,4 +157,4 @@ def keep_attention_uncompiled() -> None:
 
 
 AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, _mask)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
