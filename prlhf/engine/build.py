@@ -196,10 +196,8 @@ def build_job(config: Config) -> Job:
             f"use a multiple of {world_size()}"
         )
     _set_up_torch(config)
-    if config.model.dtype == "bfloat16" and config.model.lora is None:
-        logger.warning("model.dtype bfloat16 with lora: null: most of AdamW's steps are too small for bfloat16 weights "
-                       "and round away; use float32 with train.precision bf16")
     device = pick_device(config.train.device)
+    _warn_of_bfloat16(config, device)
     data = load_job_data(config)
     neutral = load_job_neutral(config, data.preferences)
     spec = make_spec(config)
@@ -252,6 +250,17 @@ def _set_up_torch(config: Config) -> None:
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     torch.manual_seed(config.seed + rank())
+
+
+def _warn_of_bfloat16(config: Config, device: torch.device) -> None:
+    """Say where it loses steps or time."""
+    if config.model.dtype == "bfloat16" and config.model.lora is None:
+        logger.warning("model.dtype bfloat16 with lora: null: most of AdamW's steps are too small for bfloat16 weights "
+                       "and round away; use float32 with train.precision bf16")
+    is_used = config.train.precision == "bf16" or config.model.dtype == "bfloat16"
+    if is_used and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        logger.warning("bfloat16 on a processor without instructions for it: matmuls take 5 to 20 times as long as in "
+                       "float32; use train.precision fp32 and model.dtype float32")
 
 
 def _tokenize(config: Config, model: Model, data: JobData) -> Tokenized[Any]:

@@ -145,3 +145,21 @@ def test_the_spec_carries_every_setting_of_the_policy(tiny: Tiny) -> None:
     assert (spec.seed, spec.lora_rank, spec.lora_alpha, spec.lora_dropout) == (5, 2, 4.0, 0.1)
     assert (spec.lora_targets, spec.user_init, spec.num_user_tokens) == (("q_proj",), "uniform", 3)
     assert make_spec(tiny.config(model__lora=None)).lora_rank is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "capability", "said"),
+    [
+        ({"train__precision": "bf16"}, "AVX2", ["instructions"]),
+        ({"train__precision": "bf16"}, "AVX512", []),
+        ({"model__dtype": "bfloat16"}, "AVX2", ["instructions"]),
+        ({"model__dtype": "bfloat16", "model__lora": None}, "AVX512", ["round away"]),
+        ({}, "AVX2", []),
+    ],
+)
+def test_bfloat16_that_costs_steps_or_time_is_said(tiny, monkeypatch, caplog, changes, capability, said):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    build_job(tiny.config(**changes))
+    warnings = [record.getMessage() for record in caplog.records if "bfloat16" in record.getMessage()]
+    assert len(warnings) == len(said)
+    assert all(word in warning for word, warning in zip(said, warnings, strict=True))
