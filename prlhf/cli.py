@@ -294,7 +294,7 @@ def _load_to_answer(checkpoint: Path) -> tuple[Any, dict[str, Any]]:
     from prlhf.engine.build import pick_device
     from prlhf.engine.checkpoint import CONFIG
     from prlhf.models import load_policy
-    from prlhf.models.assemble import resolve_checkpoint
+    from prlhf.models.run_folder import resolve_checkpoint
 
     directory = resolve_checkpoint(checkpoint)
     config = load_config(directory / CONFIG)

@@ -154,12 +154,15 @@ class TrainConfig:
 class EvalConfig:
     """Evaluation; `every_steps: 0` leaves the final one, whose `generate` is held-out prompts a user (0: none).
 
-    `rows` caps the dev rows of evaluations during training, which are drawn from as many users as can be. `few_shot` is
-    the labelled pairs in that baseline's prompt (0: none). `neutral` is a file of texts that no user judges, one a line
-    (or .jsonl with "text"), for the personalization tax; built-in data has its own.
+    The final one, and every command that is given the run directory, is of the last step; with `select: dev` of the
+    checkpoint with the best accuracy on dev rows. `rows` caps the dev rows of evaluations during training, which are
+    drawn from as many users as can be. `few_shot` is the labelled pairs in that baseline's prompt (0: none). `neutral`
+    is a file of texts that no user judges, one a line (or .jsonl with "text"), for the personalization tax; built-in
+    data has its own.
     """
 
     every_steps: int = 0
+    select: Literal["last", "dev"] = "last"
     rows: int | None = None
     generate: int = 0
     few_shot: int = 4

@@ -38,6 +38,7 @@ _METHODS_OF_SETTING = {
     "loss.sft_weight": ("dpo", "pdpo"),
     "model.reference": ("dpo", "pdpo"),
     "eval.generate": ("dpo", "pdpo"),
+    "eval.select": ("dpo", "pdpo", "rm", "prm"),
     "train.separate_terms": PERSONAL_METHODS,
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -138,6 +139,7 @@ def _contradictions(config: Any) -> Iterator[Problem]:
         text = f"got {user.prior} with user.kind {user.kind}, expected 0: only {' and '.join(SHRUNK_KINDS)} have one"
         yield Problem(("user.prior", "user.kind"), text)
     yield from _misfits_of_texts(user)
+    yield from _misfits_of_selection(config)
     for key, methods in _METHODS_OF_SETTING.items():
         section, name = key.split(".")
         value, default = getattr(getattr(config, section), name), getattr(type(getattr(config, section)), name)
@@ -160,6 +162,22 @@ def _contradictions(config: Any) -> Iterator[Problem]:
         text = f"got {data.max_prompt_tokens} and {user_tokens} user tokens, expected room for a response in "
         text += f"data.max_tokens, which is {data.max_tokens}"
         yield Problem(("data.max_prompt_tokens", "data.max_tokens", "user.num_user_tokens", "user.kind"), text)
+
+
+def _misfits_of_selection(config: Any) -> Iterator[Problem]:
+    """What keeps a run from ending with the checkpoint that is best on dev rows."""
+    lora, evaluation, checkpoint = config.model.lora, config.eval, config.checkpoint
+    if evaluation.select != "dev":
+        return
+    if evaluation.every_steps == 0 or checkpoint.every_steps == 0 or evaluation.every_steps % checkpoint.every_steps:
+        text = f"got {evaluation.every_steps} and {checkpoint.every_steps} with eval.select dev, expected a multiple "
+        text += "of checkpoint.every_steps and both above 0, so that what is evaluated is there to be chosen"
+        yield Problem(("eval.every_steps", "checkpoint.every_steps", "eval.select"), text)
+    if not checkpoint.keep_best:
+        yield Problem(("checkpoint.keep_best", "eval.select"), "got false with eval.select dev, expected true")
+    if lora is not None and lora.final_scale != 1:
+        text = f"got {lora.final_scale} with eval.select dev, expected 1: the last step's adapters alone are multiplied"
+        yield Problem(("model.lora.final_scale", "eval.select"), text)
 
 
 def _misfits_of_texts(user: Any) -> Iterator[Problem]:

@@ -30,7 +30,8 @@ from prlhf.files import (
     write_json_atomic,
     writing_tensors,
 )
-from prlhf.models.assemble import CONTEXTS, STATE, USER_IDS, USER_TEXTS, USERS
+from prlhf.models.assemble import CONTEXTS, USER_IDS, USER_TEXTS, USERS
+from prlhf.models.run_folder import STATE
 from prlhf.models.tensor_files import read_tensors
 from prlhf.models.user_rows import STORE, count_equal_rows, write_without
 from prlhf.usermodel.store import UserStore

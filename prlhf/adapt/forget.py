@@ -30,7 +30,8 @@ from prlhf.engine.run_dir import LOCK, STATUS
 from prlhf.engine.tombstones import Tombstones
 from prlhf.errors import CheckpointError, DataError
 from prlhf.files import LockFile, find_temporaries, lock_beside, read_json, remove_temporaries, write_json_atomic
-from prlhf.models.assemble import CONTEXTS, STATE, USER_TEXTS
+from prlhf.models.assemble import CONTEXTS, USER_TEXTS
+from prlhf.models.run_folder import STATE
 
 REMAINS = (
     "Shared weights (adapters or backbone, the generic soft prompt, clusters, an encoder) that were trained on the "

@@ -22,8 +22,9 @@ from prlhf.data.records import JudgedRow, PreferenceRow, make_pair_id, pair_cont
 from prlhf.engine.build import pick_device
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.errors import ConfigError, DataError
-from prlhf.models.assemble import REWARD_METHODS, load_model, resolve_checkpoint
+from prlhf.models.assemble import REWARD_METHODS, load_model
 from prlhf.models.personalized import PersonalizedModel
+from prlhf.models.run_folder import resolve_checkpoint
 
 
 def add_new_users(args: argparse.Namespace) -> int:

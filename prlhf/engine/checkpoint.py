@@ -42,7 +42,6 @@ from prlhf.files import (
 )
 from prlhf.models.assemble import (
     CONTEXTS,
-    STATE,
     TRAINABLE,
     USER_IDS,
     USER_TEXTS,
@@ -54,6 +53,7 @@ from prlhf.models.assemble import (
     trained_tensors,
 )
 from prlhf.models.personalized import PersonalizedModel
+from prlhf.models.run_folder import STATE, checkpoint_name
 from prlhf.models.tensor_files import StoredTensors, layout_path, make_layout, part_path, read_tensors, row_bounds
 from prlhf.models.user_rows import STORE, empty_moments, read_moments, stored_table, table_of_store, write_table
 from prlhf.sharding import local_part
@@ -90,11 +90,6 @@ class RunIdentity:
     method: str
     config_text: str
     data_sha256: str
-
-
-def checkpoint_name(step: int) -> str:
-    """Directory name of a step's checkpoint."""
-    return f"step-{step:08d}"
 
 
 def save_checkpoint(
@@ -315,6 +310,11 @@ def find_checkpoint(run_dir: Path) -> Path | None:
             f"{run_dir}: none of {len(candidates)} checkpoint(s) verifies; start a run of another name"
         )
     return None
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint that verifies with the best accuracy on dev rows, the earliest of equal ones; None without any."""
+    return _best_of([path for path in _steps(run_dir / "checkpoints") if not find_damage(path)], run_dir)
 
 
 def step_of(directory: Path) -> int:

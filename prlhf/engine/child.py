@@ -13,7 +13,7 @@ from prlhf.config import Config, changed_keys, load_config
 from prlhf.engine.checkpoint import CONFIG
 from prlhf.engine.run_dir import read_status
 from prlhf.errors import ConfigError, Preempted
-from prlhf.evaluation.report import FINAL
+from prlhf.models.run_folder import FINAL
 
 
 class Child(Protocol):

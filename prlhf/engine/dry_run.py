@@ -14,6 +14,7 @@ from prlhf.distributed import world_size
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.memory import peak_memory_bytes
 from prlhf.engine.reference import LiveReference, no_reference
+from prlhf.engine.selection import check_selection
 from prlhf.engine.step import Batch, accumulate_gradients_
 from prlhf.engine.trainer import batches_of_step
 from prlhf.evaluation.report import make_table
@@ -25,6 +26,7 @@ def describe_job(config: Config, run_dir: Path) -> str:
     """The resolved configuration, sizes, and estimates of memory and time from one timed step without update."""
     began = time.perf_counter()
     job = build_job(config)
+    check_selection(job)
     loaded_s = time.perf_counter() - began
     step_s = _time_one_step(job)
     total = sum(parameter.numel() for parameter in job.model.parameters())

@@ -23,9 +23,10 @@ from prlhf.evaluation.check_table import format_checks
 from prlhf.evaluation.report import format_comparison, load_final
 from prlhf.evaluation.win_table import format_wins, rates_between
 from prlhf.files import read_json_lines
-from prlhf.models.assemble import load_model, resolve_checkpoint
+from prlhf.models.assemble import load_model
 from prlhf.models.backbone import pad_token_id
 from prlhf.models.personalized import PersonalizedModel
+from prlhf.models.run_folder import resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -35,7 +35,6 @@ from prlhf.evaluation.accuracy import (
 from prlhf.evaluation.baselines import few_shot_baseline, format_only_accuracy, prompted_baseline
 from prlhf.evaluation.judges import Judge, judge_of
 from prlhf.evaluation.leaks import expected_when_shuffled, shuffled_users
-from prlhf.evaluation.report import FINAL
 from prlhf.evaluation.samples import Sample, judge_generations, sample_answers, score_under_reference, words_per_user
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
 from prlhf.evaluation.tax import personalization_tax
@@ -43,6 +42,7 @@ from prlhf.files import write_json_atomic, write_text_atomic
 from prlhf.generation import SamplingOptions
 from prlhf.models.backbone import position_limit
 from prlhf.models.policy import PersonalizedPolicy
+from prlhf.models.run_folder import FINAL
 
 logger = logging.getLogger(__name__)
 
@@ -316,8 +316,10 @@ def evaluate_preferences(
     return {**figures, **generated}, samples
 
 
-def evaluate_run(job: Job, progress: Progress, run_dir: Path, *, setup_s: float, on_batch: OnBatch) -> dict[str, Any]:
-    """The final evaluation, written to `eval/final.json` and `samples/`."""
+def evaluate_run(
+    job: Job, progress: Progress, run_dir: Path, *, step: int, setup_s: float, on_batch: OnBatch
+) -> dict[str, Any]:
+    """The final evaluation, written to `eval/final.json` and `samples/`; of the weights after `step`."""
     began = time.perf_counter()
     if job.preferences is not None:
         restore_reference_(job)
@@ -332,7 +334,8 @@ def evaluate_run(job: Job, progress: Progress, run_dir: Path, *, setup_s: float,
         "experiment": job.config.name,
         "method": job.config.method,
         "user_model": job.spec.user_kind,
-        "step": progress.step,
+        "step": step,
+        "last_step": progress.step,
         "seed": job.config.seed,
         "data": {
             "source": job.config.data.source,

@@ -14,8 +14,8 @@ import torch
 
 from prlhf import __version__
 from prlhf.errors import Preempted, RunDirError
-from prlhf.evaluation.report import FINAL
 from prlhf.files import LockFile, write_json_atomic, write_text_atomic
+from prlhf.models.run_folder import FINAL
 
 STATUS = "STATUS.json"
 METRICS = "metrics.jsonl"

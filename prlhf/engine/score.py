@@ -16,9 +16,10 @@ from prlhf.engine.checkpoint import CONFIG
 from prlhf.errors import DataError
 from prlhf.evaluation.samples import known_users, user_contexts, user_indices, user_text
 from prlhf.evaluation.scoring import TokenSequence, score_sequences
-from prlhf.models.assemble import load_reward_model, resolve_checkpoint
+from prlhf.models.assemble import load_reward_model
 from prlhf.models.backbone import pad_token_id
 from prlhf.models.reward import PersonalizedRewardModel
+from prlhf.models.run_folder import resolve_checkpoint
 
 RESPONSE_KEYS = ("response", "chosen", "rejected")
 

@@ -39,14 +39,15 @@ from prlhf.engine.metrics import StepMetrics
 from prlhf.engine.optim import set_learning_rate_, warmup_cosine
 from prlhf.engine.reference import LiveReference, ReferenceCache, compute_reference_table, no_reference
 from prlhf.engine.run_dir import RunDir
+from prlhf.engine.selection import check_selection, select_weights_
 from prlhf.engine.spikes import loss_limit, take_up_loss_
 from prlhf.engine.step import Batch, StepResult, train_step_
 from prlhf.engine.tombstones import refuse_forgotten
 from prlhf.errors import Preempted, PrlhfError, RankError, RunDirError
 from prlhf.evaluation.report import load_final
 from prlhf.files import read_json
-from prlhf.models.assemble import STATE
 from prlhf.models.lora import scale_adapters_
+from prlhf.models.run_folder import STATE
 from prlhf.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
                         run_dir)
             return load_final(run_dir)
         job = build_job(config)
+        check_selection(job)
         if checkpoint is not None:
             _check_max_steps(config, read_json(checkpoint / STATE), job.max_steps)
         if job.preferences is not None:
@@ -112,8 +114,10 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
         _loop(job, progress, lock, reference_of, stop)
         lock.set_status("evaluating", step=progress.step)
         beat(patience_s=math.inf)  # a full fine-tune loads the starting weights again
+        on_batch = stop.check_at("eval", progress.step)
+        step = select_weights_(job, progress, run_dir, on_batch=on_batch)
         with whole_weights(job.model):
-            final = evaluate_run(job, progress, run_dir, setup_s=setup_s, on_batch=stop.check_at("eval", progress.step))
+            final = evaluate_run(job, progress, run_dir, step=step, setup_s=setup_s, on_batch=on_batch)
         lock.set_status("finished", step=progress.step)
         return final
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from prlhf.errors import DataError, printable
 from prlhf.files import read_json_lines
+from prlhf.models.run_folder import FINAL
 
-FINAL = Path("eval") / "final.json"  # of a run directory
 COLUMN_WIDTH = 38
 NUM_SIDE_BY_SIDE = 3
 CEILING = "best possible under the labels' noise"
@@ -47,8 +47,10 @@ def _cell(text: str) -> str:
 
 def format_run(final: Mapping[str, Any], run_dir: Path) -> str:
     """The closing report of a run: figures, the table of users, three prompts answered for every user."""
+    step, last = final["step"], final.get("last_step", final["step"])
+    chosen = "" if step == last else f" (best on dev rows, of {last})"
     parts = [
-        f"\n{final['experiment']}: method {final['method']}, user model {final['user_model']}, step {final['step']}, "
+        f"\n{final['experiment']}: method {final['method']}, user model {final['user_model']}, step {step}{chosen}, "
         f"seed {final['seed']}, data {final['data']['source']}"
     ]
     if "accuracy" not in final:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prlhf.errors import DataError
-from prlhf.evaluation.report import FINAL, load_final
+from prlhf.evaluation.report import load_final
 from prlhf.files import read_json
-from prlhf.models.assemble import STATE
+from prlhf.models.run_folder import FINAL, STATE
 
 FIGURES = "figures.json"  # of a checkpoint to which users were added
 BASE_PARTS = ("run", "step", "data", "accuracy", "per_user")

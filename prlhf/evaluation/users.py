@@ -14,7 +14,7 @@ from prlhf.data.quoting import quote
 from prlhf.errors import DataError
 from prlhf.evaluation.run_files import base_figures, kept_figures
 from prlhf.models import PersonalizedModel, load_model
-from prlhf.models.assemble import resolve_checkpoint
+from prlhf.models.run_folder import resolve_checkpoint
 from prlhf.usermodel import ClusterUserModel
 
 NUM_NEAREST = 10

@@ -33,6 +33,7 @@ from prlhf.models.packing import Packing, set_up_packing_
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy, Reference
 from prlhf.models.reward import PersonalizedRewardModel
+from prlhf.models.run_folder import STATE, resolve_checkpoint
 from prlhf.models.soft_prompt import NUM_CANDIDATES, draw_vocabulary_prompts, embed_texts, first_of_equal
 from prlhf.models.tensor_files import StoredTensors
 from prlhf.models.user_rows import SHARDS, STORE, read_on_demand_, read_rows_, table_of_store
@@ -55,7 +56,6 @@ USERS = "users.safetensors"
 USER_IDS = "users.json"
 CONTEXTS = "contexts.json"
 USER_TEXTS = "user_texts.json"
-STATE = "state.json"
 
 REWARD_METHODS = ("rm", "prm")
 WHITENING_BATCHES = 16  # of known users, 64 each
@@ -290,7 +290,7 @@ def load_trained_(policy: PersonalizedModel, directory: Path, *, lora: bool, row
 def load_policy(
     checkpoint_dir: str | Path, *, device: str = "cpu", rows_on_demand: bool = False
 ) -> PersonalizedPolicy:
-    """The trained policy of a checkpoint directory (or the newest one of a run directory), ready to score and answer.
+    """The trained policy of a checkpoint directory (or of a run), ready to score and answer.
 
     The tokenizer is the checkpoint's own, so that a change of the backbone's leaves the policy as it was trained.
 
@@ -379,19 +379,3 @@ def spec_from_dict(values: dict[str, Any]) -> PolicySpec:
         return PolicySpec(**values)
     except TypeError as error:
         raise CheckpointError(f"{STATE}: policy: {error}; written by another version of prlhf") from None
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """A checkpoint directory itself, or the newest complete one under a run directory.
-
-    Raises: CheckpointError: neither.
-    """
-    if (path / STATE).is_file():
-        return path
-    steps = sorted((path / "checkpoints").glob("step-[0-9]*"))
-    if not steps:
-        raise CheckpointError(
-            f"{path}: neither a checkpoint nor a run directory with checkpoints; "
-            "give runs/NAME or runs/NAME/checkpoints/step-00000100"
-        )
-    return steps[-1]

@@ -12,7 +12,7 @@ from prlhf.engine.checkpoint import CONFIG
 from prlhf.evaluation.samples import about_users
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models import load_policy
-from prlhf.models.assemble import resolve_checkpoint
+from prlhf.models.run_folder import resolve_checkpoint
 
 
 class Assistant:

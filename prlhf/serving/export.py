@@ -20,9 +20,10 @@ from prlhf.files import (
     writing_tensors,
 )
 from prlhf.models import PersonalizedPolicy, load_policy
-from prlhf.models.assemble import STATE, PolicySpec, resolve_checkpoint, spec_from_dict
+from prlhf.models.assemble import PolicySpec, spec_from_dict
 from prlhf.models.backbone import BUILTIN_SCRATCH, BUILTIN_TINY, DTYPES, builtin_model_dir, resolve_backbone
 from prlhf.models.lora import adapter_targets, lora_state_dict, merge_lora_
+from prlhf.models.run_folder import STATE, resolve_checkpoint
 from prlhf.serving.answer import ABOUT, TABLE
 from prlhf.serving.model_card import model_card
 

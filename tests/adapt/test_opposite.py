@@ -14,7 +14,8 @@ from prlhf.adapt.opposite import LOG_PRIOR, wanted_opposites
 from prlhf.adapt.population import make_population
 from prlhf.data.records import PreferenceRow, preference_row
 from prlhf.engine.trainer import train
-from prlhf.models.assemble import load_model, resolve_checkpoint
+from prlhf.models.assemble import load_model
+from prlhf.models.run_folder import resolve_checkpoint
 from tests.adapt.test_fit import as_judged_by, make_judgments_of, make_policy
 from tests.tiny_run import EVAL_THINGS, THINGS, Tiny, preference_record
 

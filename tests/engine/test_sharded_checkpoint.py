@@ -23,13 +23,17 @@ from prlhf.distributed import barrier, is_main, rank
 from prlhf.engine import checkpoint
 from prlhf.engine.build import Job, build_job
 from prlhf.engine.checkpoint import find_checkpoint
+from prlhf.engine.evaluate import evaluate_checkpoint
 from prlhf.engine.trainer import train
 from prlhf.errors import CheckpointError, NoCheckpointError, Preempted, RunDirError
+from prlhf.evaluation.report import load_final
 from prlhf.files import find_damage, seal_directory
 from prlhf.models import load_policy
+from prlhf.models.run_folder import resolve_checkpoint
 from prlhf.models.tensor_files import LAYOUT, StoredTensors, layout_path
 from prlhf.serving.export import export_checkpoint
 from tests.engine.test_checkpoint import load_into, saved, trained_job
+from tests.engine.test_selection import SELECT, dev_accuracies
 from tests.engine.test_trainer import assert_alike
 from tests.engine.two_ranks import read, save, state_of
 from tests.run_distributed import run_distributed_test
@@ -57,6 +61,8 @@ def run_two_ranks(tiny: Tiny, folder: Path) -> None:
         save(folder, name, load_what_is_broken(tiny, folder / "full", folder / name, break_))
     with pytest.raises(Preempted), at_step(2, stop_signal):
         train(begun(tiny, **SHARDED, checkpoint__every_steps=1), folder / "begun")
+    with dev_accuracies({2: 0.9, 4: 0.4}):
+        train(tiny.config(**FULL, **SHARDED, **SELECT), folder / "selected")
 
 
 def run_two_ranks_further(tiny: Tiny, folder: Path) -> None:
@@ -134,6 +140,14 @@ def lose_a_row(directory: Path) -> None:
     state = {name: stored.read(name).clone() for name in stored.kinds}
     layout_path(path).unlink()
     save_file({**state, MOMENT: state[MOMENT][:-1].clone()}, path)
+
+
+def test_ranks_end_with_the_weights_that_dev_rows_choose(parts: Path) -> None:
+    assert (load_final(parts / "selected")["step"], resolve_checkpoint(parts / "selected").name) == (
+        2, "step-00000002"
+    )
+    again = evaluate_checkpoint(parts / "selected", source=None, overrides=[])
+    assert again["accuracy"] == load_final(parts / "selected")["accuracy"]
 
 
 @pytest.fixture(scope="module")

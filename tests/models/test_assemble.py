@@ -21,7 +21,6 @@ from prlhf.models.assemble import (
     USERS,
     init_user_encoder_,
     load_trained_,
-    resolve_checkpoint,
     spec_from_dict,
     spec_to_dict,
 )
@@ -122,16 +121,6 @@ def test_a_checkpoint_brings_policy_users_and_reference_back_bitwise(kind, lora_
     assert torch.equal(loaded.reference.sequence_logps(batch)[0], reference)
     assert not torch.allclose(logps, reference, atol=1e-2)
     assert loaded.users.user_ids == policy.users.user_ids and not loaded.training
-
-
-def test_a_run_directory_stands_for_its_newest_checkpoint(tmp_path):
-    for step in (100, 20):
-        directory = tmp_path / "checkpoints" / f"step-{step:08d}"
-        directory.mkdir(parents=True)
-    (tmp_path / "checkpoints" / ".tmp-step-00000300").mkdir()
-    assert resolve_checkpoint(tmp_path).name == "step-00000100"
-    with pytest.raises(CheckpointError, match="neither a checkpoint nor a run directory"):
-        resolve_checkpoint(tmp_path / "checkpoints")
 
 
 def test_another_base_model_is_refused(saved):
