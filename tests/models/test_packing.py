@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prlhf.data.collate import ResponseTree, collate_responses, collate_trees
 from prlhf.data.tokenize import TokenizedPair, TokenizedResponse
@@ -131,6 +133,36 @@ def test_a_family_that_cannot_read_packs_says_why_and_stays_as_it_was(family):
     assert PADDED_FAMILIES[family] in set_up_packing_(policy.backbone)
     assert policy.backbone.config._attn_implementation == before
     assert torch.equal(policy.padded_values(batch, None)[0], expected)
+
+
+# Recurrent and convolutional layers, which hand a little of one row on to the next.
+_MIXED = {
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32, "mamba_n_groups": 1},
+    "minimax": {"num_local_experts": 4},
+}
+_SIZES = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 2, "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def _random_model(family: str, dtype: torch.dtype, **sizes) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**_SIZES, **sizes), dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", _MIXED)
+def test_a_family_whose_rows_leak_into_the_next_a_little_is_padded(family, dtype):
+    assert isinstance(set_up_packing_(_random_model(family, dtype, **_MIXED[family])), str)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_family_that_rounds_is_packed_in_bfloat16_too(family, dtype):
+    assert isinstance(set_up_packing_(_random_model(family, dtype)), Packing)
 
 
 def test_llama4_reads_padded_rows_and_says_why():
