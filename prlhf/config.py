@@ -177,7 +177,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints; the last step is always saved, `every_steps: 0` saves no other.
+    """Checkpoints; the last step and those evaluated on dev rows are always saved, `every_steps: 0` saves no other.
 
     Besides the last `keep_last`, `keep_best` keeps the one with the best accuracy on dev rows, of those evaluated.
     """

@@ -151,6 +151,9 @@ def _contradictions(config: Any) -> Iterator[Problem]:
         if loss.kind not in kinds and value != default:
             text = f"got {value} with loss.kind {loss.kind}, expected {default}: it is for {', '.join(kinds)}"
             yield Problem((f"loss.{name}", "loss.kind"), text)
+    if loss.kind == "robust" and config.train.skip_loss_above is not None:
+        text = f"got {config.train.skip_loss_above} with loss.kind robust, whose loss falls below 0, expected null"
+        yield Problem(("train.skip_loss_above", "loss.kind"), text)
     if loss.kind in REFERENCE_FREE_KINDS and config.model.reference == "live":
         text = f"got live with loss.kind {loss.kind}, which compares with no reference, expected precomputed"
         yield Problem(("model.reference", "loss.kind"), text)
@@ -169,10 +172,9 @@ def _misfits_of_selection(config: Any) -> Iterator[Problem]:
     lora, evaluation, checkpoint = config.model.lora, config.eval, config.checkpoint
     if evaluation.select != "dev":
         return
-    if evaluation.every_steps == 0 or checkpoint.every_steps == 0 or evaluation.every_steps % checkpoint.every_steps:
-        text = f"got {evaluation.every_steps} and {checkpoint.every_steps} with eval.select dev, expected a multiple "
-        text += "of checkpoint.every_steps and both above 0, so that what is evaluated is there to be chosen"
-        yield Problem(("eval.every_steps", "checkpoint.every_steps", "eval.select"), text)
+    if evaluation.every_steps == 0:
+        text = "got 0 with eval.select dev, expected after how many steps the dev rows are looked at"
+        yield Problem(("eval.every_steps", "eval.select"), text)
     if not checkpoint.keep_best:
         yield Problem(("checkpoint.keep_best", "eval.select"), "got false with eval.select dev, expected true")
     if lora is not None and lora.final_scale != 1:

@@ -255,22 +255,10 @@ def load_checkpoint_(
 
     Raises: CheckpointError: another base model, other data, other users, or tensors that do not fit.
     """
+    check_same_run(directory, model, data_sha256=data_sha256)
     state = read_json(directory / STATE)
-    users = [] if model.users is None else model.users.user_ids
-    wrong = []
-    changed = changed_base(model, state)
-    if changed:
-        wrong.append(
-            f"{directory}: the base model changed since ({changed}); restore it or start a run of another name"
-        )
     if state["data_sha256"] is None:
         logger.warning("%s: a user was forgotten, so the training data is not compared with the run's", directory)
-    elif state["data_sha256"] != data_sha256:
-        wrong.append(f"{directory}: the training data changed since; restore it or start a run of another name")
-    if users != read_json(directory / USER_IDS)["user_ids"]:
-        wrong.append(f"{directory}: the users changed since; restore the data or start a run of another name")
-    if wrong:
-        raise CheckpointError(*wrong)
     load_trained_(model, directory, lora=spec.lora_rank is not None)
     load_optimizer_(model, optimizer, StoredTensors(directory / OPTIMIZER))
     stored = table_of_store(directory, model.user_encoder)
@@ -290,6 +278,27 @@ def load_checkpoint_(
             "%s: no random state for rank %d (other world size); dropout masks will differ", directory, rank()
         )
     return Progress(**{name: state[name] for name in asdict(Progress()) if name in state})
+
+
+def check_same_run(directory: Path, model: PersonalizedModel, *, data_sha256: str) -> None:
+    """Compare what a checkpoint was trained on with what a run has now.
+
+    Raises: CheckpointError: another base model, other data, or other users.
+    """
+    state = read_json(directory / STATE)
+    users = [] if model.users is None else model.users.user_ids
+    wrong = []
+    changed = changed_base(model, state)
+    if changed:
+        wrong.append(
+            f"{directory}: the base model changed since ({changed}); restore it or start a run of another name"
+        )
+    if state["data_sha256"] not in (None, data_sha256):
+        wrong.append(f"{directory}: the training data changed since; restore it or start a run of another name")
+    if users != read_json(directory / USER_IDS)["user_ids"]:
+        wrong.append(f"{directory}: the users changed since; restore the data or start a run of another name")
+    if wrong:
+        raise CheckpointError(*wrong)
 
 
 def find_checkpoint(run_dir: Path) -> Path | None:

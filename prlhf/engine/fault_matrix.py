@@ -178,7 +178,7 @@ def _full_disk(fault: str, bench: Bench) -> list[str]:
     return [
         *_check(outcome.code, 2),
         *_one_line(outcome.errors, str(bench.runs / name), "MiB free", "MiB needed"),
-        *([] if kept == ["step-00000002"] else [f"kept {kept}"]),
+        *([] if kept == ["step-00000002", "step-00000003"] else [f"kept {kept}"]),
         *bench.differences(name),
     ]
 
@@ -219,7 +219,7 @@ def _read_only_resume(bench: Bench) -> list[str]:
     return [
         *_check(outcome.code, 2),
         *_one_line(outcome.errors, str(run_dir), "Permission denied"),
-        *([] if kept == ["step-00000002", "step-00000004"] else [f"kept {kept}"]),
+        *([] if kept == ["step-00000003", "step-00000004"] else [f"kept {kept}"]),
         *bench.differences(run_dir.name),
     ]
 
@@ -255,13 +255,13 @@ def _full_disk_of_a_part(bench: Bench) -> list[str]:
     kept = [path.name for path in bench.checkpoints("full-part")]
     return [
         *_check(outcome.code, 2),
-        *([] if kept == ["step-00000002"] else [f"kept {kept}"]),
+        *([] if kept == ["step-00000002", "step-00000003"] else [f"kept {kept}"]),
         *bench.differences("full-part", 2, SHARDED),
     ]
 
 
 def _interrupted(bench: Bench, name: str, num_ranks: int = 1) -> Path:
-    """A run with checkpoints of steps 2 and 4; of several ranks in parts."""
+    """A run with checkpoints of steps 3, which was evaluated, and 4; of several ranks in parts."""
     source = f"interrupted-{num_ranks}"
     if not bench.checkpoints(source):
         settings = SHARDED if num_ranks > 1 else ()

@@ -15,7 +15,7 @@ import torch
 from prlhf import __version__
 from prlhf.errors import Preempted, RunDirError
 from prlhf.files import LockFile, write_json_atomic, write_text_atomic
-from prlhf.models.run_folder import FINAL
+from prlhf.models.run_folder import FINAL, checkpoint_name
 
 STATUS = "STATUS.json"
 METRICS = "metrics.jsonl"
@@ -61,12 +61,13 @@ class RunDir:
             raise RunDirError(f"{self.path}: {error.strerror}; choose another name= or another --runs folder") from None
 
     def start(self, config_text: str, *, step: int) -> None:
-        """Take the directory over: configuration, environment, status, and no metrics of steps that come again."""
+        """Take the directory over: configuration, environment, status, and no figures of steps that come again."""
         self._started = True
         if self.writes:
             write_text_atomic(self.path / "config.yaml", config_text)
             write_json_atomic(self.path / "env.json", describe_environment())
             self._truncate_metrics(step)
+            self._remove_evaluations(step)
             self.set_status("running", step=step)
 
     def set_status(self, status: str, **details: Any) -> None:
@@ -80,6 +81,16 @@ class RunDir:
         status = read_status(self.path)
         return (status.get("status"), status.get("step")) == ("finished", step) and (self.path / FINAL).is_file()
 
+    def reopen(self) -> None:
+        """There are steps to come, so a final evaluation that is here is no longer this run's."""
+        if self.writes:
+            for path in (self.path / FINAL, *(self.path / "samples").glob("*.jsonl")):
+                path.unlink(missing_ok=True)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether a step's evaluation on dev rows is there."""
+        return (self.path / "eval" / f"{checkpoint_name(step)}.json").is_file()
+
     def append_metrics(self, lines: list[dict[str, Any]]) -> None:
         """Append one JSON line for each optimizer step."""
         if self.writes:
@@ -91,6 +102,12 @@ class RunDir:
         if path.is_file():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_text_atomic(path, "".join(line + "\n" for line in kept))
+
+
+    def _remove_evaluations(self, step: int) -> None:
+        for path in (self.path / "eval").glob("step-*.json"):
+            if path.stem > checkpoint_name(step):
+                path.unlink()
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from prlhf.engine.checkpoint import (
     CONFIG,
     Progress,
     RunIdentity,
+    check_same_run,
     find_checkpoint,
     load_checkpoint_,
     remove_later_checkpoints,
@@ -92,6 +93,7 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
         check_selection(job)
         if checkpoint is not None:
             _check_max_steps(config, read_json(checkpoint / STATE), job.max_steps)
+            check_same_run(checkpoint, job.model, data_sha256=job.data_sha256)  # before the reference takes its time
         if job.preferences is not None:
             refuse_forgotten([run_dir, *([] if checkpoint is None else [checkpoint])], job.preferences.all_user_ids())
         reference_of = _make_reference(job, run_dir.parent / REFERENCE_CACHE, stop)
@@ -107,6 +109,8 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
             scale_adapters_(job.model.backbone, 1 / progress.adapter_scale)  # it is no longer the last step
             progress.adapter_scale = 1.0
         lock.start(dump_config(config), step=progress.step)
+        if progress.step < job.max_steps:
+            lock.reopen()
         if is_main():
             remove_stale_temporaries(run_dir)
             remove_later_checkpoints(run_dir, progress.step)
@@ -127,6 +131,8 @@ def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[
     config = job.config
     names, counts = job.objective.figure_names(), job.objective.figure_counts()
     metrics = StepMetrics(run_dir, names, counts=counts, log_every=config.train.log_every)
+    if _evaluates(job, progress.step) and all_reduce_any(is_main() and not run_dir.is_evaluated(progress.step)):
+        _evaluate(job, progress, run_dir, stop)  # the run was stopped before it had been
     bar = tqdm(total=job.max_steps, initial=progress.step, disable=None if is_main() else True, desc=config.name)
     while progress.step < job.max_steps:
         began = time.perf_counter()
@@ -153,16 +159,17 @@ def _loop(job: Job, progress: Progress, run_dir: RunDir, reference_of: Callable[
         if last and config.model.lora is not None:
             progress.adapter_scale = config.model.lora.final_scale
             scale_adapters_(job.model.backbone, progress.adapter_scale)
-        saving = last or stopping or _is_due(progress.step, config.checkpoint.every_steps)
+        evaluating = _evaluates(job, progress.step)
+        # What is evaluated is saved before, so that neither is lost when the other is interrupted.
+        saving = last or stopping or evaluating or _is_due(progress.step, config.checkpoint.every_steps)
         if saving or metrics.is_due(progress.step):
             bar.set_postfix(metrics.flush(progress.step, job.max_steps, to_terminal=not bar.disable))
         if saving:
             save_job(job, progress, run_dir.path)
         if stopping:
             raise Preempted(f"stopped by a signal at step {progress.step}; saved, {stop.again} goes on from there")
-        if _is_due(progress.step, config.eval.every_steps) and not last:
-            with whole_weights(job.model):
-                evaluate_step(job, progress, run_dir.path, on_batch=stop.check_at("eval", progress.step))
+        if evaluating:
+            _evaluate(job, progress, run_dir, stop)
     bar.close()
 
 
@@ -186,6 +193,17 @@ def save_job(job: Job, progress: Progress, run_dir: Path) -> None:
         keep_last=job.config.checkpoint.keep_last,
         keep_best=job.config.checkpoint.keep_best,
     )
+
+
+def _evaluates(job: Job, step: int) -> bool:
+    """Whether a step is followed by an evaluation on dev rows; the last one has the final evaluation."""
+    has_dev = job.preferences is not None and len(job.preferences.dev) > 0
+    return has_dev and 0 < step < job.max_steps and _is_due(step, job.config.eval.every_steps)
+
+
+def _evaluate(job: Job, progress: Progress, run_dir: RunDir, stop: StopFlag) -> None:
+    with whole_weights(job.model):
+        evaluate_step(job, progress, run_dir.path, on_batch=stop.check_at("eval", progress.step))
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -32,6 +32,7 @@ DOCUMENTED = {
 }
 FURTHER = {
     "user_model", "margin", "data", "baselines", "leaks", "majority", "ceiling", "text", "words", "skipped_steps",
+    "last_step",
     "tax", "dropped",
 }
 

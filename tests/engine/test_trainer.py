@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from prlhf.engine import trainer
 from prlhf.engine.run_dir import RunDir
 from prlhf.engine.trainer import StopFlag, train
-from prlhf.errors import CheckpointError, Preempted, RunDirError
+from prlhf.errors import CheckpointError, DataError, Preempted, RunDirError
 from prlhf.evaluation.report import load_final
 from tests.engine.two_ranks import read, resumable, still
 from tests.tiny_run import (
@@ -67,7 +67,7 @@ def test_a_crash_and_a_resume_end_bitwise_where_one_run_ends(
     """Evaluations in between, which the whole run did not make, change nothing either."""
     step = RESUME_STEPS[point]
     config = tiny.config(
-        train__max_steps=NUM_STEPS, checkpoint__every_steps=step, eval__every_steps=3, **RESUMED[variant]
+        train__max_steps=NUM_STEPS, checkpoint__every_steps=step, eval__every_steps=4, **RESUMED[variant]
     )
     with pytest.raises(Crash), at_step(min(step + 1, NUM_STEPS - 1), crash):
         train(config, tmp_path / "run")
@@ -365,8 +365,8 @@ def test_evaluations_during_training_change_nothing_that_is_trained(
 ) -> None:
     """Dropout draws on, and the final evaluation is of the last step, whichever checkpoint is the best."""
     run, whole = tmp_path / "run", whole_runs / name
-    final = train(tiny.config(train__max_steps=NUM_STEPS, eval__every_steps=1, **RESUMED[name]), run)
-    assert len(list((run / "eval").glob("step-*.json"))) == NUM_STEPS - 1
+    final = train(tiny.config(train__max_steps=NUM_STEPS, eval__every_steps=2, **RESUMED[name]), run)
+    assert len(list((run / "eval").glob("step-*.json"))) == NUM_STEPS // 2 - 1
     assert final_tensors(run) == final_tensors(whole)
     assert without_time(read_metrics(run)) == without_time(read_metrics(whole))
     kept = ("step", "accuracy", "per_user", "baselines", "leaks")
@@ -383,3 +383,76 @@ def test_evaluations_during_training_are_of_dev_rows(tiny: Tiny, tmp_path: Path)
     assert figures["step"] == 2
     assert figures["accuracy"]["seen"]["num_rows"] == 1
     assert figures["accuracy"]["unseen"] is None
+
+
+EVALUATED: dict[str, Any] = {
+    "train__max_steps": 8, "eval__every_steps": 3, "checkpoint__every_steps": 0, "checkpoint__keep_last": 1,
+}
+
+
+def test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_up_for(tiny, tmp_path, monkeypatch):
+    whole, run, evaluate = tmp_path / "whole", tmp_path / "run", trainer.evaluate_step
+    train(tiny.config(**EVALUATED), whole)
+
+    def interrupted(job: Any, progress: Any, *args: Any, **options: Any) -> None:
+        if progress.step == 6:
+            stop_signal()
+        evaluate(job, progress, *args, **options)
+
+    monkeypatch.setattr(trainer, "evaluate_step", interrupted)
+    with pytest.raises(Preempted):
+        train(tiny.config(**EVALUATED), run)
+    assert checkpoints(run)[-1] == "step-00000006"
+    assert not (run / "eval" / "step-00000006.json").exists()
+    monkeypatch.undo()
+    train(tiny.config(**EVALUATED), run)
+    assert checkpoints(run) == checkpoints(whole)
+    for step in (3, 6):
+        name = f"eval/step-{step:08d}.json"
+        assert (run / name).read_text() == (whole / name).read_text()
+    assert final_tensors(run) == final_tensors(whole)
+
+
+def test_a_signal_in_a_step_that_is_evaluated_leaves_no_hole(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(Preempted), at_step(3, stop_signal):
+        train(tiny.config(**EVALUATED), tmp_path / "run")
+    train(tiny.config(**EVALUATED), tmp_path / "run")
+    names = [path.name for path in sorted((tmp_path / "run" / "eval").glob("step-*.json"))]
+    assert names == ["step-00000003.json", "step-00000006.json"]
+
+
+def test_a_course_that_is_left_leaves_no_evaluations(tiny: Tiny, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", {"eval__every_steps": 2, "checkpoint__keep_last": 9}
+    train(tiny.config(train__max_steps=8, **settings), run)
+    before = (run / "eval" / "step-00000002.json").read_text()
+    back = str(run / "checkpoints" / "step-00000002")
+    train(tiny.config(train__max_steps=5, eval__every_steps=5, checkpoint__keep_last=9), run, resume=back)
+    assert sorted(path.name for path in (run / "eval").iterdir()) == ["final.json", "step-00000002.json"]
+    assert (run / "eval" / "step-00000002.json").read_text() == before
+
+
+def test_a_run_that_is_being_made_longer_has_no_final_evaluation(tiny: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(tiny.config(eval__generate=1), run)
+    assert load_final(run)["step"] == 4
+    assert list((run / "samples").iterdir())
+    with pytest.raises(Preempted), at_step(5, stop_signal):
+        train(tiny.config(train__max_steps=8, eval__generate=1), run)
+    with pytest.raises(DataError, match="no such file; finish the run"):
+        load_final(run)
+    assert not list((run / "samples").iterdir())
+    assert train(tiny.config(train__max_steps=8, eval__generate=1), run)["step"] == 8
+
+
+def test_other_data_is_refused_before_the_reference_is_computed(tiny: Tiny, tmp_path: Path, monkeypatch) -> None:
+    data = write_data(tmp_path / "data")
+    train(tiny.config(data__source=str(data)), tmp_path / "run")
+    rows = (data / "train.jsonl").read_text().splitlines(keepends=True)
+    (data / "train.jsonl").write_text("".join(rows[:-1]))
+
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(trainer, "compute_reference_table", never)
+    with pytest.raises(CheckpointError, match="training data changed"):
+        train(tiny.config(data__source=str(data), train__max_steps=8), tmp_path / "run")
