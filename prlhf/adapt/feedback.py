@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prlhf.adapt.margins import Judgment
-from prlhf.data.clean import unusable_reason
+from prlhf.data.clean import judgment_content, unusable_reason
 from prlhf.data.jsonl import read_every_row
 from prlhf.data.labelled import pairs_from_labelled
 from prlhf.data.quoting import quote
@@ -18,6 +19,7 @@ from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.policy import PersonalizedPolicy
 
 Located = tuple[str, JudgedRow]  # "file:line", and its row
+logger = logging.getLogger(__name__)
 REASONS = {
     "empty_prompt": "the prompt is empty",
     "empty_response": "a response is empty",
@@ -33,7 +35,7 @@ LONE_THUMB = (
 
 
 def read_feedback(path: Path, user_id: str | None) -> dict[str, list[Located]]:
-    """Rows of each user of a file, in order of first appearance.
+    """Rows of each user of a file, in order of first appearance; a judgment that is said again counts once, aloud.
 
     A row is a pair {"prompt", "chosen", "rejected"}, an answered question of --ask {"prompt", "responses": [a, b],
     "choice": 0 or 1}, a thumb {"prompt", "response", "label"}, or an edit {"prompt", "response", "edited"}, which
@@ -54,18 +56,43 @@ def read_feedback(path: Path, user_id: str | None) -> dict[str, list[Located]]:
                             "file")
         return row
 
-    users: dict[str, list[Located]] = {}
-    for where, row in read_every_row(path, parse):
-        users.setdefault(row.user_id, []).append((where, row))
-    if not users:
+    rows = read_every_row(path, parse)
+    if not rows:
         raise DataError(f"{path}: holds no judgment; write pairs, thumbs or edits, one a line")
+    kept = _without_repetitions(rows)
+    if len(kept) < len(rows):
+        logger.warning("%s: left out of %d rows: %d that say again what an earlier one says", path, len(rows),
+                       len(rows) - len(kept))
+    users: dict[str, list[Located]] = {}
+    for where, row in kept:
+        users.setdefault(row.user_id, []).append((where, row))
     return users
+
+
+def _without_repetitions(rows: Iterable[Located]) -> list[Located]:
+    """The first of each judgment, or the last that says something else about its user."""
+    kept: dict[object, Located] = {}
+    for where, row in rows:
+        content = judgment_content(row)
+        if content in kept and row.user_text in ("", kept[content][1].user_text):
+            continue
+        kept.pop(content, None)
+        kept[content] = (where, row)
+    return list(kept.values())
+
+
+def num_repeated(first: Iterable[Located], second: Iterable[Located]) -> int:
+    """How many rows of the second part say what one of the first says."""
+    said = {judgment_content(row) for _, row in first}
+    return sum(judgment_content(row) in said for _, row in second)
 
 
 def _row(record: dict[str, Any], where: str) -> JudgedRow:
     if "edited" in record:  # whatever thumb comes with it
         if "response" not in record:
             raise DataError(f"{where}: edited, and no response that was edited; add it to the row")
+        if not isinstance(record["edited"], str | list):
+            raise DataError(f"{where}: edited is {quote(record['edited'])}, expected a string; write it in quotes")
         if record["edited"] == record["response"]:
             raise DataError(f"{where}: the edited response is the response; remove the row")
         return preference_row({**record, "chosen": record["edited"], "rejected": record["response"]}, where)
@@ -78,6 +105,8 @@ def _answer(record: dict[str, Any], where: str) -> PreferenceRow:
     responses, choice = record["responses"], record.get("choice")
     if not isinstance(responses, list) or len(responses) != 2:
         raise DataError(f"{where}: responses is {quote(responses)}, expected a list of two")
+    if not all(isinstance(response, str | list) for response in responses):
+        raise DataError(f"{where}: responses is {quote(responses)}, expected two texts; write each in quotes")
     if type(choice) is not int or choice not in (0, 1):
         raise DataError(f"{where}: choice is {quote(choice)}; write which of the two responses is the better one, "
                         "0 for the first, 1 for the second")
@@ -85,9 +114,16 @@ def _answer(record: dict[str, Any], where: str) -> PreferenceRow:
 
 
 def feedback_pairs(rows: Sequence[JudgedRow]) -> list[PreferenceRow]:
-    """The pairs among a user's rows: as they are, and each liked response against each disliked one to a prompt."""
+    """The pairs among a user's rows: as they are, and each liked response against each disliked one to a prompt.
+
+    A pair that thumbs say again is there once.
+    """
     labelled = [row for row in rows if isinstance(row, LabelledRow)]
-    return [row for row in rows if isinstance(row, PreferenceRow)] + pairs_from_labelled(labelled)
+    pairs = [row for row in rows if isinstance(row, PreferenceRow)] + pairs_from_labelled(labelled)
+    distinct: dict[object, PreferenceRow] = {}
+    for pair in pairs:
+        distinct.setdefault(judgment_content(pair), pair)
+    return list(distinct.values())
 
 
 def check_usable(model: PersonalizedModel, users: Iterable[Sequence[Located]], **limits: Any) -> None:

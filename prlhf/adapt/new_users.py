@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from prlhf.adapt.add_users import check_new, write_with_users
 from prlhf.adapt.ask import choose_questions
-from prlhf.adapt.feedback import check_usable, feedback_pairs, make_judgments, read_feedback
+from prlhf.adapt.feedback import check_usable, feedback_pairs, make_judgments, num_repeated, read_feedback
 from prlhf.adapt.fit import FittedUser, fit_judgments
 from prlhf.config import Config, load_config
 from prlhf.config_checks import REFERENCE_FREE_KINDS
@@ -25,6 +26,8 @@ from prlhf.errors import ConfigError, DataError
 from prlhf.models.assemble import REWARD_METHODS, load_model
 from prlhf.models.personalized import PersonalizedModel
 from prlhf.models.run_folder import resolve_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 def add_new_users(args: argparse.Namespace) -> int:
@@ -42,6 +45,10 @@ def add_new_users(args: argparse.Namespace) -> int:
     strangers = [user for user in to_measure if user not in said]
     if strangers:
         raise DataError(*(f"{args.held_out}: user {quote(user)} is not a new user of --feedback" for user in strangers))
+    again = sum(num_repeated(said[user], rows) for user, rows in to_measure.items())
+    if again:
+        logger.warning("%s: %d rows say what rows of %s say; they measure what was fitted", args.held_out, again,
+                       args.feedback)
     if args.out is not None:
         check_new(directory, list(said), args.out)
     model = load_model(directory, device=str(pick_device(config.train.device)), rows_on_demand=True)

@@ -22,6 +22,11 @@ def unusable_reason(row: JudgedRow) -> str | None:
     return None
 
 
+def judgment_content(row: JudgedRow) -> tuple[object, ...]:
+    """Who judged what, and how: equal for repetitions of a row, not for a user's opposite judgments."""
+    return row.user_id, row.prompt, row.responses, getattr(row, "label", None)
+
+
 def clean_rows(rows: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
     """Leave out unusable rows and repetitions of a row: same user, prompt, responses and judgment.
 
@@ -33,7 +38,7 @@ def clean_rows(rows: Sequence[Row]) -> tuple[list[Row], dict[str, int]]:
     dropped: Counter[str] = Counter()
     seen: set[object] = set()
     for row in rows:
-        judgment = (row.user_id, row.prompt, row.responses, getattr(row, "label", None))
+        judgment = judgment_content(row)
         reason = unusable_reason(row) or ("duplicate" if judgment in seen else None)
         if reason:
             dropped[reason] += 1

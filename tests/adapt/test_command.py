@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from prlhf.adapt.feedback import read_feedback
+from prlhf.errors import DataError
 from prlhf.models import load_policy
 from tests.cli_run import Run
 from tests.tiny_run import EVAL_THINGS, Tiny, long_answer, preference_record, short_answer, snapshot, write_jsonl
@@ -91,6 +93,44 @@ def test_many_users_come_from_one_file(run: Run) -> None:
     weights = load_file(out / "users.safetensors")["weights"]
     assert weights.shape == (5, 2)
     torch.testing.assert_close(weights[3], weights[4])
+
+
+def test_a_judgment_said_again_counts_once_aloud(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = _trained(run)
+    pairs = [_pair(thing) for thing in EVAL_THINGS]
+    opposite = {**pairs[0], "chosen": pairs[0]["rejected"], "rejected": pairs[0]["chosen"]}
+    thumbs = [{"prompt": pairs[1]["prompt"], "response": pairs[1][key], "label": key == "chosen"}
+              for key in ("chosen", "rejected")]
+    once = write_jsonl(run.folder / "once.jsonl", [*pairs, opposite])
+    again = write_jsonl(run.folder / "again.jsonl", [*pairs * 3, opposite, *thumbs * 2, *pairs])
+    reports = [run("adapt", checkpoint, "--user", "dora", "--feedback", path, "--out", run.folder / path.stem)
+               for path in (once, again)]
+    assert [code for code, _, _ in reports] == [0, 0]
+    assert reports[0][1] == reports[1][1] and json.loads(reports[0][1])["judgments"] == len(pairs) + 1
+    assert [record.getMessage() for record in caplog.records if "say again" in record.getMessage()] == [
+        f"{again}: left out of {4 * len(pairs) + 5} rows: {3 * len(pairs) + 2} that say again what an earlier one says"
+    ]
+    arguments = ("--user", "eve", "--feedback", once, "--held-out", again, "--out", run.folder / "eve")
+    assert run("adapt", checkpoint, *arguments)[0] == 0
+    assert f"{again}: {len(pairs) + 1} rows say what rows of {once} say" in caplog.text
+
+
+def test_the_last_text_of_a_user_counts_also_with_a_judgment_said_again(run: Run) -> None:
+    pairs = [_pair(thing) for thing in EVAL_THINGS[:2]]
+    rows = [{**pair, "user_text": text} for pair, text in zip([*pairs, pairs[0]], ("I sing.", "I sang.", "I sail."),
+                                                              strict=True)]
+    path = write_jsonl(run.folder / "dora.jsonl", [*rows, pairs[1]])
+    assert [row.user_text for _, row in read_feedback(path, "dora")["dora"]] == ["I sang.", "I sail."]
+
+
+def test_a_row_is_refused_in_the_words_of_its_own_columns(run: Run) -> None:
+    path = write_jsonl(run.folder / "f.jsonl", [{"prompt": "p", "responses": ["x", 3], "choice": 1},
+                                                {"prompt": "p", "response": "x", "edited": 3}])
+    with pytest.raises(DataError) as refused:
+        read_feedback(path, "dora")
+    first, second = refused.value.messages
+    assert first == f"{path}:1: responses is ['x', 3], expected two texts; write each in quotes"
+    assert second.startswith(f"{path}:2: edited is 3, expected a string") and "chosen" not in first + second
 
 
 def test_an_encoder_reads_a_new_users_pairs_from_the_new_checkpoint(run: Run) -> None:
