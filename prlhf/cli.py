@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -103,7 +104,7 @@ def _add_generation_commands(commands: Any) -> None:
     generate = commands.add_parser("generate", help="answer a file of prompts for chosen users")
     generate.add_argument("checkpoint", metavar="CKPT", type=Path)
     generate.add_argument(
-        "--prompts", required=True, type=Path, metavar="F", help='.txt (one a line) or .jsonl with "prompt"'
+        "--prompts", required=True, type=Path, metavar="F", help='.txt (one a line), or .json or .jsonl with "prompt"'
     )
     generate.add_argument(
         "--users", default="all", metavar="a,b|all|generic", help="who is answered (default: all known users)"
@@ -229,21 +230,23 @@ def _score(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from prlhf.data.jsonl import write_jsonl
     from prlhf.data.records import prompt_record
+    from prlhf.data.texts import read_prompts
     from prlhf.evaluation.samples import about_users, known_users, user_indices
     from prlhf.files import make_place
     from prlhf.generation import generate
 
     make_place(args.out)
-    prompts = _read_prompts(args.prompts)
+    prompts = read_prompts(args.prompts)
     policy, limits = _load_to_answer(args.checkpoint)
     users = known_users(policy, args.users)
-    pairs = [(user, prompt) for user in users for prompt in prompts]
+    pairs = [(user, prompt) for user in users for prompt, _ in prompts]
+    texts = [args.user_text or text for _ in users for _, text in prompts]
     answers = generate(
         policy,
         [prompt for _, prompt in pairs],
         user_indices(policy, [user for user, _ in pairs]),
         options=_sampling(args),
-        **about_users(policy, pairs, args.user_text),
+        **about_users(policy, pairs, texts),
         **limits,
     )
     write_jsonl(
@@ -258,6 +261,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     from prlhf.data.records import Message
+    from prlhf.data.render import check_text
     from prlhf.evaluation.samples import about_users, known_users, user_indices
     from prlhf.generation import generate
 
@@ -265,6 +269,8 @@ def _chat(args: argparse.Namespace) -> int:
     user_ids = user_indices(policy, known_users(policy, [args.user]))
     history: list[Message] = []
     options = _sampling(args)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused, and the next one read
     while True:
         sys.stdout.write(f"{args.user}> ")
         sys.stdout.flush()
@@ -277,10 +283,15 @@ def _chat(args: argparse.Namespace) -> int:
             return 0
         if not line.strip():
             continue
+        try:
+            check_text(line)
+        except DataError as error:
+            sys.stderr.write(f"error: {error}\n")
+            continue
         if policy.tokenizer.chat_template:
             history.append(Message("user", line.strip()))
         prompt = tuple(history) or line.strip()
-        about = about_users(policy, [(args.user, prompt)], args.user_text)
+        about = about_users(policy, [(args.user, prompt)], [args.user_text])
         answer = generate(policy, [prompt], user_ids, options=options, **about, **limits)[0]
         options = replace(options, seed=options.seed + 1)  # else every answer would be drawn alike
         if history:
@@ -315,29 +326,6 @@ def _sampling(args: argparse.Namespace) -> Any:
         repetition_penalty=args.repetition_penalty,
         no_repeat_ngram_size=args.no_repeat_ngram_size,
     )
-
-
-def _read_prompts(path: Path) -> list[Any]:
-    """Prompts of a .txt or .jsonl file."""
-    from prlhf.data.jsonl import read_jsonl
-    from prlhf.data.records import response_row
-
-    if path.suffix == ".jsonl":
-        prompts: list[Any] = []
-        for number, record in read_jsonl(path):
-            if not record.get("prompt"):
-                raise DataError(f'{path}:{number}: no "prompt"; expected {{"prompt": "..."}}')
-            prompts.append(response_row({"prompt": record["prompt"], "response": ""}, f"{path}:{number}").prompt)
-    else:
-        try:
-            prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{path}: cannot be read ({error}); give a UTF-8 text file with one prompt a line"
-            ) from None
-    if not prompts:
-        raise DataError(f"{path}: holds no prompt; write one a line")
-    return prompts
 
 
 def _check_data(args: argparse.Namespace) -> int:

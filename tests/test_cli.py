@@ -149,6 +149,25 @@ def test_a_text_about_the_user_stands_in_front_of_the_prompt(run: Run, trained: 
     assert expected != generate(policy, ["Why?"], users, options=options)
 
 
+def test_a_line_of_prompts_says_of_its_user_what_the_command_does_not(
+    run: Run, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "Why?", "user_text": "I am Bob.", "mood": "good"}, {"prompt": "Why?"}]
+    prompts, out = tmp_path / "prompts.json", tmp_path / "answers.jsonl"
+    prompts.write_text(json.dumps(rows, indent=1))
+    arguments = ("generate", trained / "tiny", "--prompts", prompts, "--users", "bob,generic", "--temperature", "0",
+                 "--out", out, "--max-new-tokens", "8")
+    policy, options = load_policy(trained / "tiny"), SamplingOptions(max_new_tokens=8, temperature=0.0)
+    assert policy.users is not None
+    for given, texts in (((), ["I am Bob.", ""]), (("--user-text", "I am Ann."), ["I am Ann."] * 2)):
+        assert run(*arguments, *given)[0] == 0
+        users = [policy.users.index("bob")] * 2 + [0, 0]
+        expected = generate(policy, ["Why?"] * 4, users, user_texts=texts * 2, options=options)
+        assert [json.loads(line)["response"] for line in out.read_text().splitlines()] == expected
+        assert expected[0] != generate(policy, ["Why?"], users[:1], options=options)[0]
+    assert f"{prompts}: columns that are not used: ['mood']" in caplog.text
+
+
 def test_score_writes_a_score_for_every_response_and_user(run: Run, trained: Path, tmp_path: Path) -> None:
     rows = [
         {"pair_id": "p", "prompt": "Why?", "chosen": "It is tea.", "rejected": "Rain."},
@@ -208,6 +227,17 @@ def test_chat_answers_until_the_input_ends(run: Run, trained: Path, monkeypatch:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Why?\n" * 4))
     _, out, _ = run("chat", trained / "tiny", "--user", "bob", "--max-new-tokens", "8", "--temperature", "2")
     assert len(set(out.split("bob> "))) == 6, "each answer is drawn anew"
+
+
+def test_a_line_of_a_chat_that_is_not_utf8_is_refused_and_the_next_one_answered(
+    run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = io.BytesIO(b"\xff\xfe bad bytes\nHello?\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+    code, out, err = run("chat", trained / "tiny", "--user", "bob", "--max-new-tokens", "3")
+    assert code == 0 and out.count("bob> ") == 3
+    [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "bad bytes" in line and "not UTF-8" in line
 
 
 def test_compare_tabulates_runs(run: Run, trained: Path) -> None:

@@ -153,6 +153,8 @@ def test_a_bug_is_not_taken_for_a_mistake(run: Run, monkeypatch: pytest.MonkeyPa
         (("generate", "tiny", "--temperature", "-1"), ["temperature", "-1"]),
         (("generate", "tiny", "--temperature", "0", "--top-k", "5"), ["temperature", "top_k 5"]),
         (("generate", "tiny", "--stop", ""), ["stop_strings"]),
+        (("generate", "tiny", "--stop", "caf\udce9"), ["stop_strings", "UTF-8"]),
+        (("generate", "tiny", "--user-text", "caf\udce9"), ["caf\\udce9", "not UTF-8", "clean the text"]),
         (("generate", "tiny", "--max-new-tokens", "5000"), ["max_new_tokens", "5000"]),
     ],
 )

@@ -12,6 +12,7 @@ from prlhf.data.labelled import preferences_from_labelled
 from prlhf.data.prepared import SPLITS, all_labelled, clean_and_warn, load_prepared, read_judgments
 from prlhf.data.records import LabelledData, PreferenceData, PreferenceRow, ResponseRow, preference_row, response_row
 from prlhf.data.splits import Data, Split, split_labelled, split_preferences, split_responses
+from prlhf.data.texts import is_json, read_text_lines
 from prlhf.errors import DataError
 
 BUILTIN_PSOUPS = "builtin:psoups"
@@ -155,7 +156,7 @@ def load_neutral_texts(path: str | None, data: PreferenceData) -> list[ResponseR
     For built-in data: dev rows of "builtin:text", in all styles, which the built-in model's first stage did not read.
 
     Args:
-        path: one text a line, or .jsonl with {"text"} or {"prompt", "response"}.
+        path: one text a line, or .json or .jsonl with {"text"} or {"prompt", "response"}.
         data: a row with a prompt or a response of these is left out.
     Raises: DataError: no such file, or no text is left in it.
     """
@@ -163,10 +164,10 @@ def load_neutral_texts(path: str | None, data: PreferenceData) -> list[ResponseR
         return []
     if path is None:
         _, rows = load_response_rows(BUILTIN_TEXT, seed=0, eval_prompts=0.0)
-    elif path.endswith((".jsonl", ".jsonl.gz")):
+    elif is_json(Path(path)):
         rows = _responses(Path(path).expanduser(), "error")
     else:
-        rows = [ResponseRow("", line.strip()) for line in _lines(Path(path).expanduser()) if line.strip()]
+        rows = [ResponseRow("", line) for line in read_text_lines(Path(path).expanduser(), "text")]
     judged = [row for name in SPLITS for row in getattr(data, name)]
     prompts = {row.prompt for row in judged}
     responses = {response for row in judged for response in (row.chosen, row.rejected)}
@@ -174,13 +175,6 @@ def load_neutral_texts(path: str | None, data: PreferenceData) -> list[ResponseR
     if not neutral:
         raise DataError(f"{path or BUILTIN_TEXT}: holds no text that no user judged; give a file of other texts")
     return neutral[:MAX_NEUTRAL_TEXTS]
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); give a UTF-8 text file with one text a line") from None
 
 
 def _existing(source: str, builtin: tuple[str, ...]) -> Path:

@@ -19,6 +19,15 @@ def quote(value: object) -> str:
     return f"{shown[:SHOWN_CHARACTERS]}... ({len(shown)} characters)"
 
 
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can write a text: not half of a surrogate pair, nor a byte of a command line that was not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """"; did you mean ..." with the closest known name, or nothing."""
     if len(name) > MATCHABLE_CHARACTERS:

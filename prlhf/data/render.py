@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from prlhf.data.quoting import quote
+from prlhf.data.quoting import is_utf8, quote
 from prlhf.data.records import Message, Prompt
 from prlhf.errors import DataError
 
@@ -72,13 +72,33 @@ def render_prompt(tokenizer: Any, prompt: Prompt, user_text: str = "") -> str:
     return render(tokenizer, prompt, user_text).plain
 
 
+def check_text(text: str) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises: DataError: half of a surrogate pair, which stands for a byte that is not UTF-8, too.
+    """
+    if not is_utf8(text):
+        place = next(i for i, character in enumerate(text) if not is_utf8(character))
+        shown = quote(text[max(0, place - 20) : place + 20])
+        raise DataError(f"text {shown}: holds what is no character (bytes that are not UTF-8, or half of a surrogate "
+                        "pair); clean the text")
+
+
 def encode_text(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a user's text; special tokens in it stay text."""
+    """Ids of a user's text; special tokens in it stay text.
+
+    Raises: DataError: see `check_text`.
+    """
+    check_text(text)
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False))
 
 
 def encode_rendered(tokenizer: Any, rendered: Rendered) -> list[int]:
-    """Ids of a rendered prompt; only the template's own special tokens become special ids."""
+    """Ids of a rendered prompt; only the template's own special tokens become special ids.
+
+    Raises: DataError: see `check_text`.
+    """
+    check_text(rendered.text)
     if rendered.marks is None:
         return encode_text(tokenizer, rendered.text)
     if not rendered.marks:

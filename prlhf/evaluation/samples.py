@@ -138,15 +138,23 @@ def user_text(model: PersonalizedModel, user: str) -> str:
     return "" if user == GENERIC else model.user_texts.get(user, "")
 
 
-def about_users(model: PersonalizedModel, pairs: Sequence[tuple[str, Prompt]], text: str) -> dict[str, Any]:
-    """What `generate` is told of (user, prompt) pairs: `text`, or without one what the checkpoint keeps of each user.
+def about_users(
+    model: PersonalizedModel, pairs: Sequence[tuple[str, Prompt]], texts: Sequence[str]
+) -> dict[str, Any]:
+    """What `generate` is told of (user, prompt) pairs.
 
-    `text` is for the encoder that reads texts, else before prompts.
+    Args:
+        texts: one for each pair, for the encoder that reads texts, else before the prompt; "": what the checkpoint
+            keeps of the user.
     """
-    if text and model.contexts is not None and model.contexts.kind == "text":
-        return {"contexts": [model.contexts.read_text(text)] * len(pairs)}
-    before = [text or user_text(model, user) for user, _ in pairs]
-    return {"contexts": user_contexts(model, pairs), "user_texts": before}
+    contexts = user_contexts(model, pairs)
+    before = [text or user_text(model, user) for text, (user, _) in zip(texts, pairs, strict=True)]
+    if contexts is not None and model.contexts is not None and model.contexts.kind == "text":
+        before = ["" if text else kept for text, kept in zip(texts, before, strict=True)]
+        contexts = [
+            model.contexts.read_text(text) if text else own for text, own in zip(texts, contexts, strict=True)
+        ]
+    return {"contexts": contexts, "user_texts": before}
 
 
 def score_under_reference(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from prlhf.data.quoting import is_utf8
 from prlhf.errors import ConfigError
 
 
@@ -41,7 +42,10 @@ class SamplingOptions:
             "top_k": (self.top_k >= 0, "0 (all tokens) or more"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0; 1 is none"),
             "no_repeat_ngram_size": (self.no_repeat_ngram_size >= 0, "0 (none) or more"),
-            "stop_strings": (isinstance(stops, tuple) and all(stops), "a tuple of texts, none empty"),
+            "stop_strings": (
+                isinstance(stops, tuple) and all(stops) and all(map(is_utf8, stops)),
+                "a tuple of texts in UTF-8, none empty",
+            ),
         }
         wrong = [
             f"{name}: got {getattr(self, name)!r}, expected {expected}"

@@ -54,9 +54,11 @@ def load_user_text(folder: Path, user: str | None) -> str:
 def encode(tokenizer: Any, prompt: str, user_text: str = "") -> list[int]:
     """Ids of a prompt, BOS first where the tokenizer has one.
 
-    Raises: SystemExit: a text of the user's would be read as a special token.
+    Raises: SystemExit: a text of the user's is not UTF-8, or would be read as a special token.
     """
     for name, given in (("prompt", prompt), ("user's text", user_text)):
+        if given.encode("utf-8", "ignore").decode("utf-8") != given:
+            raise SystemExit(f"the {name} holds what is no character (bytes that are not UTF-8); clean it")
         wrong = [token for token in tokenizer.all_special_tokens if token in given]
         if wrong:
             raise SystemExit(

@@ -45,7 +45,7 @@ class Assistant:
         user_ids = None
         if self.policy.user_encoder is not None and self.policy.users is not None:
             user_ids = [GENERIC_USER_ID if user is None else self.policy.users.index(user)]
-        about = about_users(self.policy, [(GENERIC if user is None else user, prompt)], user_text)
+        about = about_users(self.policy, [(GENERIC if user is None else user, prompt)], [user_text])
         return generate(
             self.policy, [prompt], user_ids, options=SamplingOptions(**sampling),
             max_prompt_tokens=self._max_prompt_tokens, **about,

@@ -72,6 +72,11 @@ def test_neutral_text_of_a_file_leaves_out_what_was_judged(tmp_path: Path) -> No
     assert texts == [ResponseRow("", "One."), ResponseRow("", "Two, then.")]
     (tmp_path / "texts.jsonl").write_text('{"text": "One."}\n{"prompt": "Why?", "response": "No."}\n')
     assert load_neutral_texts(str(tmp_path / "texts.jsonl"), data) == [ResponseRow("", "One.")]
+    (tmp_path / "texts.json").write_text('[{"text": "One."},\n {"prompt": "Why?", "response": "No."}]')
+    assert load_neutral_texts(str(tmp_path / "texts.json"), data) == [ResponseRow("", "One.")]
+    (tmp_path / "texts.txt").write_text("\ufeffOne.\r\nTwo\u2028then.\r\n", encoding="utf-8", newline="")
+    texts = load_neutral_texts(str(tmp_path / "texts.txt"), data)
+    assert texts == [ResponseRow("", "One."), ResponseRow("", "Two\u2028then.")]
     (tmp_path / "texts.txt").write_text("So it is.\n")
     with pytest.raises(DataError, match="texts.txt: holds no text"):
         load_neutral_texts(str(tmp_path / "texts.txt"), data)

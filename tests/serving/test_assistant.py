@@ -8,6 +8,7 @@ import pytest
 
 import prlhf
 from prlhf.errors import DataError
+from prlhf.evaluation.samples import about_users
 from prlhf.generation import SamplingOptions, generate
 from tests.saved_policies import USER_IDS, save_policy
 
@@ -32,6 +33,24 @@ def test_an_encoder_reads_a_text_of_somebody_unknown(tmp_path: Path) -> None:
     save_policy(tmp_path / "run", user_kind="text")
     model = prlhf.load(tmp_path / "run")
     assert model.answer("Tea?", user_text="I am ann.", **SAMPLING) == model.answer("Tea?", "ann", **SAMPLING)
+
+
+@pytest.mark.parametrize("kind", ["none", "text"])
+def test_text_that_is_no_text_is_refused(kind: str, tmp_path: Path) -> None:
+    save_policy(tmp_path / "run", user_kind=kind)
+    model = prlhf.load(tmp_path / "run")
+    for prompt, user_text in (("hi \ud800", ""), ("hi", "\udce9")):
+        with pytest.raises(DataError, match="holds what is no character.*; clean the text"):
+            model.answer(prompt, user_text=user_text, **SAMPLING)
+
+
+def test_an_encoder_reads_the_text_given_with_a_prompt_and_else_what_is_kept(tmp_path: Path) -> None:
+    policy = save_policy(tmp_path / "run", user_kind="text")
+    assert policy.contexts is not None
+    about = about_users(policy, [("ann", "Tea?"), ("ann", "Tea?"), ("generic", "Tea?")], ["I knit.", "", "I knit."])
+    knits = policy.contexts.read_text("I knit.")
+    assert about["contexts"] == [knits, policy.contexts.of_user("ann", "Tea?"), knits] and knits
+    assert about["user_texts"] == ["", "", ""]
 
 
 def test_an_unknown_user_is_refused(tmp_path: Path) -> None:

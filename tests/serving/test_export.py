@@ -226,6 +226,8 @@ def test_the_script_answers_a_known_user_behind_the_text_that_the_checkpoint_kee
 
 def test_the_script_refuses_special_tokens_and_unknown_users(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
+    with pytest.raises(SystemExit, match="the user's text holds what is no character"):
+        answer.encode(tokenizer, "Tea?", "caf\udce9")
     with pytest.raises(SystemExit, match="special token"):
         answer.encode(tokenizer, f"tea {tokenizer.eos_token}")
     save_policy(tmp_path / "run")
