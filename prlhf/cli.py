@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import io
 import json
 import sys
@@ -11,14 +12,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prlhf.data.quoting import escape_as_json
 from prlhf.engine.launch import add_train_arguments, configure_logging, report_errors, run_training
 from prlhf.engine.selftest import add_selftest_arguments, run_selftest
 from prlhf.errors import ConfigError, DataError
 
+AS_JSON = "prlhf_as_json"  # the name of an error handler of codecs
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; the exit code: 0 done, 1 unexpected, 2 bad input, 3 no valid checkpoint, 75 stopped by a signal."""
+    """Entry point; the exit code: 0 done, 1 unexpected, 2 bad input, 3 no valid checkpoint, 75 stopped by a signal.
+
+    Also 130 interrupted, 141 nobody reads the output.
+    """
     configure_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        codecs.register_error(AS_JSON, escape_as_json)
+        sys.stdout.reconfigure(errors=AS_JSON)
     args = parse_arguments(argv)
     return report_errors(args.run, args)
 

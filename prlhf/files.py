@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from prlhf.errors import CheckpointError, RunDirError
+from prlhf.errors import CheckpointError, DataError, RunDirError
 
 MANIFEST = "manifest.json"
 MAX_NAME_BYTES = 200  # most disks take 255, of which a temporary name beside it takes some
@@ -64,8 +64,26 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The JSON values of a file of ours, one a line; texts may hold what `str.splitlines` takes for an end of line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    """The JSON objects of a file of ours, one a line; texts may hold what `str.splitlines` takes for an end of line.
+
+    Raises: DataError: missing, unreadable, or a line that is none, such as half of one.
+    """
+    remedy = "get the file anew, or train again"
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); {remedy}") from None
+    values = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            value = json.loads(line) if line else {}
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not valid JSON ({error}); {remedy}") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{path}:{number}: is no JSON object; {remedy}")
+        if line:
+            values.append(value)
+    return values
 
 
 def sha256_of(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prlhf.cli import parse_arguments
+from prlhf import recipes
+from prlhf.cli import main, parse_arguments
 from prlhf.engine.child import SignalRelay
 from prlhf.generation import SamplingOptions, generate
 from prlhf.models import load_policy
@@ -262,6 +264,23 @@ def test_compare_holds_answers_against_those_of_the_other_runs(run: Run, tmp_pat
     assert ["mine", "other", "2", "0", "0", "1.000"] in cells(out)
 
 
+def test_compare_needs_no_answers_and_refuses_half_of_them(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = [finished_run(tmp_path / name, **judged()) for name in ("mine", "other", "third")]
+    rows = [{"user_id": user, "prompt": "Q", "response": "so", "score": 1.0} for user in ("ann", "bob")]
+    answers = [write_jsonl(folder / "samples" / "policy.jsonl", rows) for folder in folders]
+    for path in answers[:2]:
+        path.unlink()
+    code, out, _ = run("compare", *folders)
+    assert code == 0
+    assert [line[:2] for line in cells(out)[-3:]] == [[name, "reference"] for name in ("mine", "other", "third")]
+    assert f"{answers[0]}: no such file" in caplog.text
+    answers[2].write_text(answers[2].read_text()[:-5])
+    (line,) = run.refused("compare", *folders)
+    assert line.startswith(f"{answers[2]}:2: not valid JSON")
+
+
 def test_compare_keeps_runs_of_one_name_apart(run: Run, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "tiny", tmp_path / "elsewhere" / "tiny")
     code, out, _ = run("compare", trained / "tiny", tmp_path / "elsewhere" / "tiny")
@@ -362,6 +381,34 @@ def test_answers_read_as_much_of_a_prompt_as_the_run_did(
     arguments = ("--prompts", tmp_path / "prompts.txt", "--out", out, "--users", "generic", "--max-new-tokens", 4)
     assert run("generate", trained / "tiny", *arguments)[0] == 0
     assert "2 of 2 prompts are longer than 64 tokens" in caplog.text
+
+
+def test_an_interrupt_ends_a_command_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> dict[str, str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes, "list_recipes", interrupted)
+    assert run("recipes", "ls") == (130, "", "interrupted\n")
+
+
+def test_output_that_nobody_reads_ends_a_command_quietly(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for buffering in (-1, 1):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w", buffering) as stdout:
+            monkeypatch.setattr(sys, "stdout", stdout)
+            assert main(["recipes", "ls"]) == 141
+            monkeypatch.undo()
+
+
+def test_what_a_terminal_cannot_show_is_printed_by_its_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "caf\xe9 \u2603 \U0001f600"
+    monkeypatch.setattr(recipes, "list_recipes", lambda: {"x": words})
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["recipes", "ls"]) == 0
+    printed = stdout.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+    assert json.loads(f'"{printed.strip()}"') == f"x  {words}", "JSON that is printed stays JSON"
 
 
 def test_an_interrupt_ends_a_chat(run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,13 @@ def is_utf8(text: str) -> bool:
     return True
 
 
+def escape_as_json(error: UnicodeError) -> tuple[str, int]:
+    """An error handler of `codecs`: what an encoding lacks is shown by its code, in JSON as it is read there."""
+    assert isinstance(error, UnicodeEncodeError)
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[i : i + 2].hex()}" for i in range(0, len(units), 2)), error.end
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """"; did you mean ..." with the closest known name, or nothing."""
     if len(name) > MATCHABLE_CHARACTERS:

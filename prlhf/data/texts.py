@@ -39,7 +39,9 @@ def read_prompts(path: Path) -> list[tuple[Prompt, str]]:
 
     Raises: DataError: a file that cannot be read, a line without prompt, or no prompt at all.
     """
-    prompts = _prompts_of_objects(path) if is_json(path) else [(line, "") for line in read_text_lines(path, "prompt")]
+    prompts: list[tuple[Prompt, str]] = (
+        _prompts_of_objects(path) if is_json(path) else [(line, "") for line in read_text_lines(path, "prompt")]
+    )
     if not prompts:
         raise DataError(f"{path}: holds no prompt; write one a line")
     return prompts

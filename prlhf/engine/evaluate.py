@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,11 +157,18 @@ def compare_runs(targets: Sequence[str], overrides: Sequence[str], *, runs: Path
             *(f"{name}: has no preference accuracy to compare (method {finals[name]['method']})" for name in without)
         )
     judged = [name for name, final in finals.items() if final.get("win_rate")]
-    wins = rates_between(
-        finals, {name: read_json_lines(named[name] / "samples" / "policy.jsonl") for name in judged}
-    )
+    wins = rates_between(finals, _kept_answers({name: named[name] for name in judged}))
     tables = (format_comparison(finals), format_checks(finals, wins), format_wins(wins))
     return "\n\n".join(table for table in tables if table) + "\n"
+
+
+def _kept_answers(folders: Mapping[str, Path]) -> dict[str, list[dict[str, Any]]]:
+    """Run -> rows of `samples/policy.jsonl`; runs without the file are left out, aloud."""
+    paths = {name: folder / "samples" / "policy.jsonl" for name, folder in folders.items()}
+    for path in paths.values():
+        if not path.exists():
+            logger.warning("%s: no such file; the run's answers are not held against those of other runs", path)
+    return {name: read_json_lines(path) for name, path in paths.items() if path.exists()}
 
 
 def _train_if_needed(target: str, overrides: Sequence[str], runs: Path, relay: SignalRelay) -> Path:

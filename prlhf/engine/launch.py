@@ -8,6 +8,7 @@ import errno
 import faulthandler
 import logging
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from prlhf.errors import ConfigError, Preempted, PrlhfError
 logger = logging.getLogger(__name__)
 
 EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # as shells have it for SIGINT
+EXIT_NOBODY_READS = 141  # and for SIGPIPE
 MAX_LINES = 20  # of one kind of mistake that a file may hold on every line
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that a process gets when its parent dies
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -118,9 +121,17 @@ def configure_logging() -> None:
 
 
 def report_errors(run: object, args: argparse.Namespace) -> int:
-    """Call `run(args)`; a user's mistake becomes one line an error on stderr, on whichever rank, and its exit code."""
+    """Call `run(args)`; a user's mistake becomes one line an error on stderr, on whichever rank, and its exit code.
+
+    So do Ctrl-C, and a reader of the output that has left, of whom nothing is said.
+    """
     try:
-        return run(args)  # type: ignore[operator]
+        code: int = run(args)  # type: ignore[operator]
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
     except PrlhfError as error:
         for message in error.messages[:MAX_LINES]:
             _say(f"error: {message}")
@@ -131,6 +142,9 @@ def report_errors(run: object, args: argparse.Namespace) -> int:
         _say(str(error))
         return error.exit_code
     except OSError as error:
+        if error.errno == errno.EPIPE and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains as it ends
+            return EXIT_NOBODY_READS
         if error.errno not in FULL_DISK + BAD_PATH:
             raise
         path = Path(error.filename or getattr(args, "runs", "."))
@@ -139,6 +153,16 @@ def report_errors(run: object, args: argparse.Namespace) -> int:
             f"{free / 2**20:.0f} MiB free; make room, or write to another folder")
         _say(f"error: {path}: {error.strerror}; {remedy}")
         return EXIT_BAD_INPUT
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _say(line: str) -> None:

@@ -18,14 +18,16 @@ def rates_between(finals: Mapping[str, Mapping[str, Any]], samples: Mapping[str,
 
     Args:
         finals: run -> `eval/final.json`.
-        samples: run -> rows of `samples/policy.jsonl`; of runs without a win rate they are not looked at.
+        samples: run -> rows of `samples/policy.jsonl`; of runs without a win rate they are not looked at, and a run
+            without rows is held against the reference alone.
     """
     own = {name: final["win_rate"] for name, final in finals.items() if final.get("win_rate")}
-    asked = {name: [(row["user_id"], json.dumps(row["prompt"])) for row in samples[name]] for name in own}
+    asked = {name: [(row["user_id"], json.dumps(row["prompt"])) for row in samples[name]]
+             for name in own if samples.get(name)}
     rates = {name: {"reference": rate} for name, rate in own.items()}
     for name, rate in own.items():
-        for other in own:
-            if other != name and asked[other] == asked[name] and own[other]["judge"] == rate["judge"]:
+        for other in asked:
+            if name in asked and other != name and asked[other] == asked[name] and own[other]["judge"] == rate["judge"]:
                 rates[name][other] = _rates(samples[name], samples[other], judge=rate["judge"], opponent=other)
     return rates
 
