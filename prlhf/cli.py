@@ -186,7 +186,7 @@ def _eval(args: argparse.Namespace) -> int:
     from prlhf.files import make_place, write_json_atomic
 
     if args.out is not None:
-        make_place(args.out)
+        make_place(args.out, reads=None if args.data is None else Path(args.data))
     figures = evaluate_checkpoint(args.checkpoint, source=args.data, overrides=args.overrides)
     sys.stdout.write(format_figures(figures) + "\n")
     if args.out is not None:
@@ -228,7 +228,7 @@ def _score(args: argparse.Namespace) -> int:
     from prlhf.files import make_place
 
     if args.out is not None:
-        make_place(args.out)
+        make_place(args.out, reads=args.data)
     records = score_file(args.checkpoint, args.data, args.users)
     if args.out is None:
         sys.stdout.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -245,7 +245,7 @@ def _generate(args: argparse.Namespace) -> int:
     from prlhf.files import make_place
     from prlhf.generation import generate
 
-    make_place(args.out)
+    make_place(args.out, reads=args.prompts)
     prompts = read_prompts(args.prompts)
     policy, limits = _load_to_answer(args.checkpoint)
     users = known_users(policy, args.users)

@@ -172,11 +172,16 @@ def check_can_appear(path: Path) -> None:
         raise RunDirError(f"{path}: cannot be written, as {above} is no folder; choose another path")
 
 
-def make_place(path: Path) -> None:
+def make_place(path: Path, *, reads: Path | None = None) -> None:
     """Make the folder of a file to be written, before any work.
 
-    Raises: RunDirError: a folder is in the file's place, or none can be made for it or written to.
+    Args:
+        reads: the file that it is made from.
+    Raises: RunDirError: a folder or the file to be read is in the file's place, or no folder can be made for it or
+        written to.
     """
+    if reads is not None and path.exists() and reads.exists() and path.samefile(reads):
+        raise RunDirError(f"{path}: is the file that is read; write to another one")
     check_can_appear(path)
     if path.is_dir():
         raise RunDirError(f"{path}: is a folder; give a file")

@@ -192,6 +192,24 @@ def test_missing_prompts_are_named(run: Run, trained: Path, tmp_path: Path) -> N
         assert name in line
 
 
+@pytest.mark.parametrize(("name", "function"), [("x.csv", "read_csv"), ("x.TSV", "read_table"),
+                                                ("x.csv.gz", "read_csv"), ("x.parquet", "read_parquet")])
+def test_a_table_is_refused_with_how_to_convert_it(
+    run: Run, trained: Path, tmp_path: Path, name: str, function: str
+) -> None:
+    table, out = tmp_path / name, tmp_path / "out"
+    table.write_text("prompt,chosen,rejected\np,a,b\n")
+    for command in (
+        ("data", "prepare", "jsonl", "--raw", table, "--out", out, "--map", "user_id=@me"),
+        ("train", run.config(), f"data.source={table}", "--runs", run.runs),
+        ("generate", trained / "tiny", "--prompts", table, "--out", out),
+    ):
+        (line,) = run.refused(*command)
+        assert line.startswith(f"{table}: ") and "is not read; make JSON Lines of it" in line
+        assert f"pandas.{function}('{name}')" in line
+    assert not out.exists() and not (run.runs / "tiny").exists()
+
+
 def test_chat_takes_one_known_user(run: Run, trained: Path) -> None:
     for user in ("nobody", "all"):
         (line,) = run.refused("chat", trained / "tiny", "--user", user)
@@ -251,6 +269,25 @@ def test_where_nothing_can_be_written_is_said_before_any_work(run: Run, trained:
     ):
         assert len(run.refused(*command)) == 1, command
     assert file.read_text() == "mine" and not (tmp_path / "page.html").exists()
+
+
+def test_no_command_writes_over_what_it_reads(run: Run, trained: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "response": "r"}])
+    (tmp_path / "link").symlink_to(rows)
+    tiny = trained / "tiny"
+    before = snapshot(tmp_path), snapshot(tiny)
+    for command in (
+        ("generate", tiny, "--prompts", rows, "--out", rows),
+        ("generate", tiny, "--prompts", rows, "--out", tmp_path / "link"),
+        ("score", trained / "reward", "--data", rows, "--out", rows),
+        ("eval", tiny, "--data", rows, "--out", rows),
+        ("report", tiny, "--out", tiny / "config.yaml"),
+        ("report", tiny, trained / "vanilla", "--out", tiny / "eval" / "final.json"),
+        ("report", trained / "vanilla", tiny, "--out", tiny / "metrics.jsonl"),
+    ):
+        (line,) = run.refused(*command)
+        assert "; write to another one" in line or "; give a name that ends in .html" in line
+    assert (snapshot(tmp_path), snapshot(tiny)) == before
 
 
 @pytest.mark.parametrize("command", ["adapt", "forget", "export"])

@@ -82,7 +82,7 @@ def prepare_convarg(
         group=(lambda row: row.prompt) if hold_out == "debates" else (lambda row: row.pair_id),
     )
     left_out["worker_with_few_judgments"] = len(rows) - len(kept)
-    left_out["user_without_training_row"] = split.num_left_out
+    left_out["unseen_user_on_training_prompt"] = split.num_left_out
     return write_prepared(out, split.data, force=force, left_out=left_out)
 
 

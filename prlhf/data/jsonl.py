@@ -21,6 +21,7 @@ MAX_DIGITS = 4300  # of a whole number; Python converts no longer one
 MAX_SKIPPED_SHARE = 0.01
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep; rows hold strings and lists of messages"
+TABLES = {".csv": "read_csv", ".tsv": "read_table", ".parquet": "read_parquet", ".xlsx": "read_excel"}  # of pandas
 MEND_LINE = "mend or remove the line"
 MEND_FILE = "mend the file"
 OnBadRow = Literal["error", "skip"]
@@ -139,6 +140,7 @@ def _line(record: dict[str, Any], where: str) -> bytes:
 
 def _outcomes(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Number and object of every row, or the error that stands in its place."""
+    refuse_table(path)
     if _holds_array(path):
         with _open(path) as file, _reading(path):
             data = file.read()
@@ -154,6 +156,17 @@ def _outcomes(path: Path) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
             yield number, _as_object(_parse(line.rstrip(), where, MEND_LINE), where)
         except DataError as error:
             yield number, error
+
+
+def refuse_table(path: Path) -> None:
+    """Refuse a table by its name.
+
+    Raises: DataError: with how it is converted.
+    """
+    kind = next((suffix.lower() for suffix in path.suffixes[-2:] if suffix.lower() in TABLES), None)
+    if kind is not None and path.is_file() and path.suffix.lower() in (kind, ".gz"):
+        raise DataError(f"{path}: {kind[1:].upper()} is not read; make JSON Lines of it, in Python with "
+                        f"pandas.{TABLES[kind]}({path.name!r}).to_json('rows.jsonl', orient='records', lines=True)")
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -84,7 +84,7 @@ def prepare_jsonl(
     rows, left_out = read_mapped_rows(raw, options)
     split_rows: Any = split_labelled if isinstance(rows[0], LabelledRow) else split_preferences
     split = split_rows(rows, source=str(raw), seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users)
-    left_out["user_without_training_row"] = split.num_left_out
+    left_out["unseen_user_on_training_prompt"] = split.num_left_out
     return write_prepared(out, split.data, force=force, left_out=left_out)
 
 

@@ -68,6 +68,7 @@ def _prepare(args: argparse.Namespace) -> PreparedSummary:
         return write_prepared(args.out, data, force=args.force)
     if args.raw is None:
         raise DataError(f"prlhf data prepare {args.format}: no --raw PATH; name the raw file or folder")
+    _refuse_raw_in_out(args.raw, args.out)
     if args.format == "tldr":
         max_users = MAX_USERS if args.max_users is None else args.max_users
         return prepare_tldr(args.raw, args.out, seed=args.seed, max_users=max_users, force=args.force)
@@ -86,6 +87,13 @@ def _prepare(args: argparse.Namespace) -> PreparedSummary:
         )
     options = JsonlOptions(tuple(args.map), tuple(args.drop), tuple(args.opposed) if args.opposed else None)
     return prepare_jsonl(args.raw, args.out, options=options, **shares, seed=args.seed, force=args.force)
+
+
+def _refuse_raw_in_out(raw: Path, out: Path) -> None:
+    """Replacing the directory would delete what it is made of."""
+    inside = raw.expanduser().resolve()
+    if out.expanduser().resolve() in (inside, *inside.parents):
+        raise DataError(f"--raw {raw}: lies in --out {out}, which is replaced as a whole; choose another --out")
 
 
 def _refuse_foreign_options(args: argparse.Namespace) -> None:

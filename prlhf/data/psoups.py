@@ -43,7 +43,7 @@ def prepare_psoups(
     split = split_preferences(
         rows, source=str(raw), seed=seed, eval_prompts=eval_prompts, unseen_users=unseen_users
     )
-    left_out = {**dropped, "user_without_training_row": split.num_left_out}
+    left_out = {**dropped, "unseen_user_on_training_prompt": split.num_left_out}
     data = replace(split.data, preferences=PREFERENCE_PROMPTS)
     return write_prepared(out, data, force=force, left_out=left_out)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from prlhf.data.jsonl import read_jsonl
+from prlhf.data.jsonl import read_jsonl, refuse_table
 from prlhf.data.quoting import quote
 from prlhf.data.records import Prompt, response_row
 from prlhf.errors import DataError
@@ -25,8 +25,9 @@ def read_text_lines(path: Path, noun: str) -> list[str]:
 
     Args:
         noun: what a line is, for the message.
-    Raises: DataError: unreadable, or not UTF-8.
+    Raises: DataError: unreadable, not UTF-8, or a table.
     """
+    refuse_table(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prlhf.errors import DataError
 from prlhf.evaluation import figures
 from prlhf.evaluation.check_table import check_rows
 from prlhf.evaluation.figure_data import (
@@ -64,12 +65,14 @@ def write_report(folders: Sequence[Path], out: Path | None, figures_in: Path | N
         out: the page, or an existing directory for it; None: the first run's directory.
         figures_in: a directory for the page's figures as SVG files, too; None: the page alone.
     Returns: where the page is.
-    Raises: ConfigError: matplotlib is missing. DataError: no run directory, or a damaged file in one.
+    Raises: ConfigError: matplotlib is missing. DataError: no run directory, a damaged file in one, or another file of
+        one in the page's place.
     """
     figures.require_matplotlib()
     runs = read_runs(folders)
     target = folders[0] if out is None else out
     path = target / REPORT if target.is_dir() else target
+    _refuse_file_of_run(path, folders)
     for folder in (path.parent, figures_in):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,12 @@ def write_report(folders: Sequence[Path], out: Path | None, figures_in: Path | N
             name = re.sub(r"[^A-Za-z0-9.-]+", "_", html.unescape(alt))[: MAX_NAME_BYTES - 8]
             write_text_atomic(figures_in / f"{number:02d}_{name}.svg", base64.b64decode(image).decode("utf-8"))
     return path
+
+
+def _refuse_file_of_run(path: Path, folders: Sequence[Path]) -> None:
+    inside = any(folder.resolve() in path.resolve().parents for folder in folders)
+    if inside and path.exists() and path.suffix not in (".html", ".htm"):
+        raise DataError(f"{path}: is a file of the run; give a name that ends in .html")
 
 
 def render_report(runs: Sequence[RunFiles]) -> str:

@@ -47,7 +47,8 @@ def generate(
         batch_rows: prompts answered at the same time.
         on_batch: called before prompts are read; may raise to stop.
     Returns: N texts without prompt and special tokens.
-    Raises: DataError: an empty prompt, or prompt and new tokens beyond the model's positions.
+    Raises: DataError: an empty prompt where the tokenizer has no BOS to start from, a text that is not UTF-8, or prompt
+        and new tokens beyond the model's positions.
     """
     texts = [""] * len(prompts) if user_texts is None else user_texts
     ids = [None] * len(prompts) if user_ids is None else user_ids

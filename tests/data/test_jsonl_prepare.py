@@ -82,7 +82,7 @@ def test_an_array_with_unusable_rows_is_prepared_and_they_are_counted(tmp_path: 
     raw.write_text(json.dumps([*records, *unusable]))
     summary = prepare_jsonl(raw, tmp_path / "out", **SHARES)
     assert dict(summary.left_out) == {
-        "duplicate": 1, "equal_responses": 1, "empty_prompt": 1, "user_without_training_row": 0
+        "duplicate": 1, "equal_responses": 1, "empty_prompt": 1, "unseen_user_on_training_prompt": 0
     }
     assert sum(summary.num_rows.values()) == 30
 

@@ -14,6 +14,7 @@ from prlhf.data.prepared import load_prepared
 from prlhf.data.splits import MAX_SEED
 from prlhf.errors import DataError
 from tests.data.test_tldr import NAMES, write_release
+from tests.tiny_run import snapshot
 
 
 def prepare(*arguments: str) -> int:
@@ -42,7 +43,22 @@ def test_the_command_prepares_a_file_and_says_what_it_wrote(
     left_out = 80 - sum(len(rows) for rows in (data.train, data.dev, data.eval_seen, data.eval_unseen))
     printed = capsys.readouterr().out
     assert f"train {len(data.train)}, dev {len(data.dev)}" in printed
-    assert f"user_without_training_row {left_out}\n" in printed
+    assert f"unseen_user_on_training_prompt {left_out}\n" in printed
+
+
+def test_what_is_prepared_may_not_lie_where_it_is_written(raw: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    columns = ("--map", "user_id=by", "prompt=question", "chosen=a", "rejected=b")
+    assert prepare("jsonl", "--raw", raw, "--out", str(out), *columns) == 0
+    before = snapshot(out)
+    (tmp_path / "link").symlink_to(out)
+    for source in (out / "train.jsonl", tmp_path / "link" / "train.jsonl"):
+        with pytest.raises(DataError, match="train.jsonl: lies in --out .*; choose another --out"):
+            prepare("jsonl", "--raw", str(source), "--out", str(out), "--force")
+    for kind in ("psoups", "tldr", "prism", "convarg"):
+        with pytest.raises(DataError, match="lies in --out"):
+            prepare(kind, "--raw", str(out), "--out", str(out), "--force")
+    assert snapshot(out) == before
 
 
 def test_the_builtin_world_can_be_written_as_a_prepared_directory(tmp_path: Path) -> None:
