@@ -294,7 +294,7 @@ def _chat(args: argparse.Namespace) -> int:
         if not line.strip():
             continue
         try:
-            check_text(line)
+            check_text(line.strip())
         except DataError as error:
             sys.stderr.write(f"error: {error}\n")
             continue
