@@ -56,6 +56,10 @@ _LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "
 _FURTHER_CONFIGS = {
     "llama4_text": {**_GROUPED, **_LLAMA4, "floor_scale": 64, "attn_scale": 0.5},
     "cohere": {**_GROUPED, "logit_scale": 0.25},
+    "falcon_h1": {
+        **_GROUPED, "head_dim": 8, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32, "mamba_n_groups": 1,
+    },
+    "phimoe": {**_GROUPED, "num_local_experts": 4},
     "granite": {**_GROUPED, "logits_scaling": 8.0},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -275,8 +276,12 @@ def _probe(backbone: nn.Module) -> str | None:
 
 
 def _decode_alone(policy: PersonalizedPolicy, request: Request, answer: Answer) -> None:
-    """Through transformers' own generation, which knows every family's cache."""
+    """Through transformers' own generation, which knows every family's cache, where it takes embeddings."""
     embeds, _ = _embed(policy, [request])
+    backbone: Any = policy.backbone
+    if "inputs_embeds" not in inspect.signature(backbone.prepare_inputs_for_generation).parameters:
+        _decode_whole(policy, embeds, answer)
+        return
     settings = GenerationConfig(
         max_new_tokens=answer.options.max_new_tokens,
         do_sample=False,  # `_Choice` draws
@@ -286,13 +291,27 @@ def _decode_alone(policy: PersonalizedPolicy, request: Request, answer: Answer) 
     stops = StoppingCriteriaList([_Ended(answer)])
     choice = LogitsProcessorList([_Choice(answer)])
     with _no_defaults(policy.backbone):
-        cast(Any, policy.backbone).generate(
+        backbone.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.int64, device=embeds.device),
             generation_config=settings,
             logits_processor=choice,
             stopping_criteria=stops,
         )
+
+
+def _decode_whole(policy: PersonalizedPolicy, embeds: Tensor, answer: Answer) -> None:
+    """All that stands before a token is read again for it: slow, and right for any family.
+
+    Args:
+        embeds: (1, L, D) of the prompt.
+    """
+    embedding, ended = input_embedding(policy.backbone), False
+    while not ended:
+        logits = policy.backbone(inputs_embeds=embeds, use_cache=False).logits[:, -1]
+        (token,) = choose_tokens([answer], logits, answer.options)
+        ended = answer.add(token)
+        embeds = torch.cat([embeds, embedding(torch.tensor([[token]], device=embeds.device))], dim=1)
 
 
 class _Choice(LogitsProcessor):

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import importlib.resources
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from prlhf.data.render import encode_rendered, render, render_prompt
 from prlhf.data.world.text import build_text
 from prlhf.data.world.tokenizer import CHAT_TEMPLATE, train_tokenizer
 from prlhf.errors import DataError, ModelError
+
+logger = logging.getLogger(__name__)
 
 BUILTIN_TINY = "builtin:tiny"
 BUILTIN_SCRATCH = "builtin:scratch"
@@ -233,6 +236,9 @@ def _load_model(folder: Path | str, name: str, dtype: torch.dtype) -> nn.Module:
             f"model.backbone {name!r}: not a causal language model, its tokens see those that follow "
             f"(model_type {config.model_type}); give a decoder"
         )
+    if not _is_alike_in_training(model):
+        logger.warning("model.backbone %r: computes with random numbers in training (model_type %s), so policy and "
+                       "reference differ from the first step on", name, config.model_type)
     return model
 
 
@@ -261,6 +267,16 @@ def _switch_off_dropout_(config: Any) -> None:
     for setting, value in config.to_dict().items():
         if "drop" in setting and isinstance(value, float):
             setattr(config, setting, 0.0)
+
+
+@torch.no_grad()
+def _is_alike_in_training(model: nn.Module) -> bool:
+    """Whether logits are those of evaluation; some routers draw their experts."""
+    ids = torch.arange(32)[None] % next(input_embedding(model).parameters()).shape[0]
+    expected = model(input_ids=ids, use_cache=False).logits
+    in_training = model.train()(input_ids=ids, use_cache=False).logits
+    model.eval()
+    return torch.allclose(in_training, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
 
 
 @torch.no_grad()

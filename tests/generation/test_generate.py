@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections import Counter
 from typing import Any
@@ -51,6 +52,15 @@ def test_a_batch_of_users_is_answered_as_each_one_alone_without_a_cache(family):
     assert answers == [
         generate_ids(policy, [prompt], [user], options=GREEDY)[0] for prompt, user in zip(PROMPTS, USERS, strict=True)
     ]
+
+
+def test_a_family_whose_generation_takes_no_embeddings_is_answered_without_its_cache():
+    policy = tiny_policy("falcon_h1")
+    assert "inputs_embeds" not in inspect.signature(policy.backbone.prepare_inputs_for_generation).parameters
+    expected = [_greedy_without_cache(policy, *row, 12) for row in zip(PROMPTS, USERS, strict=True)]
+    assert generate_ids(policy, PROMPTS, USERS, options=GREEDY) == expected
+    sampled = generate_ids(policy, PROMPTS, USERS, options=SAMPLED)
+    assert sampled == generate_ids(policy, PROMPTS, USERS, options=SAMPLED) != expected
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "opt"])

@@ -89,6 +89,12 @@ def test_a_folder_with_dropout_computes_the_same_in_training(family, tmp_path):
     assert torch.equal(model.train()(input_ids=IDS).logits, expected)
 
 
+@pytest.mark.parametrize(("family", "is_random"), [("phimoe", True), ("llama", False)])
+def test_a_family_that_draws_while_it_is_trained_is_said(family, is_random, tmp_path, caplog):
+    load_backbone(save_folder(tmp_path, family=family))
+    assert ("random numbers in training" in caplog.text) == is_random
+
+
 def test_weights_are_loaded_in_the_type_asked_for(tmp_path):
     folder = save_folder(tmp_path)
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
