@@ -93,9 +93,10 @@ def train(config: Config, run_dir: Path, *, resume: str = "auto") -> dict[str, A
         check_selection(job)
         if checkpoint is not None:
             _check_max_steps(config, read_json(checkpoint / STATE), job.max_steps)
-            check_same_run(checkpoint, job.model, data_sha256=job.data_sha256)  # before the reference takes its time
         if job.preferences is not None:
             refuse_forgotten([run_dir, *([] if checkpoint is None else [checkpoint])], job.preferences.all_user_ids())
+        if checkpoint is not None:
+            check_same_run(checkpoint, job.model, data_sha256=job.data_sha256)  # before the reference takes its time
         reference_of = _make_reference(job, run_dir.parent / REFERENCE_CACHE, stop)
         progress = Progress()
         beat(patience_s=math.inf)  # a checkpoint takes as long as the disk does
