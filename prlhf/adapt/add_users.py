@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prlhf.adapt.checkpoint_rows import RECEIPT
 from prlhf.data.context import UserFacts, facts_record
-from prlhf.data.quoting import quote
+from prlhf.data.quoting import is_utf8, quote
 from prlhf.data.user_index import RESERVED_IDS, UserIndex
 from prlhf.engine.tombstones import TOMBSTONES, find_forgotten, refuse_forgotten
 from prlhf.errors import DataError
@@ -50,11 +50,11 @@ def check_new(checkpoint: Path, user_ids: Sequence[str], out: Path) -> None:
     wrong = [f"user {quote(user)}: the checkpoint knows them already; choose another id"
              for user in user_ids if user in known]
     wrong += [f"user {quote(user)}: is empty, or no text that UTF-8 can write; choose another id"
-              for user in user_ids if not user or not _is_utf8(user)]
+              for user in user_ids if not user or not is_utf8(user)]
     forgotten = find_forgotten(buried, user_ids)
     if (checkpoint / STORE).is_dir():
         with UserStore.open(checkpoint / STORE) as store:
-            forgotten |= {user for user in user_ids if _is_utf8(user) and store.is_forgotten(user)}
+            forgotten |= {user for user in user_ids if is_utf8(user) and store.is_forgotten(user)}
     wrong += [f"user {quote(user)}: was forgotten, and the checkpoint takes the id no more; choose another id"
               for user in user_ids if user in forgotten]
     wrong += [f"user {quote(word)}: {meaning}; choose another id"
@@ -70,14 +70,6 @@ def _with_tombstones(checkpoint: Path) -> list[Path]:
     checkpoint = checkpoint.resolve()
     homes = [checkpoint, *([checkpoint.parents[1]] if checkpoint.parent.name == "checkpoints" else [])]
     return [home for home in homes if (home / TOMBSTONES).is_file()]
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def write_with_users(

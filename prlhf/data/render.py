@@ -98,10 +98,10 @@ def encode_rendered(tokenizer: Any, rendered: Rendered) -> list[int]:
 
     Raises: DataError: see `check_text`.
     """
-    check_text(rendered.text)
     if rendered.marks is None:
         return encode_text(tokenizer, rendered.text)
     if not rendered.marks:
+        check_text(rendered.text)
         return list(tokenizer.encode(rendered.text, add_special_tokens=False, verbose=False))
     ids: list[int] = []
     names = special_names(tokenizer)

@@ -42,7 +42,7 @@ from prlhf.files import write_json_atomic, write_text_atomic
 from prlhf.generation import SamplingOptions
 from prlhf.models.backbone import position_limit
 from prlhf.models.policy import PersonalizedPolicy
-from prlhf.models.run_folder import FINAL
+from prlhf.models.run_folder import FINAL, checkpoint_name
 
 logger = logging.getLogger(__name__)
 
@@ -369,7 +369,8 @@ def evaluate_step(job: Job, progress: Progress, run_dir: Path, *, on_batch: OnBa
     figures = evaluator.accuracy(rows, [])
     if is_main():
         (run_dir / "eval").mkdir(exist_ok=True)
-        write_json_atomic(run_dir / "eval" / f"step-{progress.step:08d}.json", {"step": progress.step, **figures})
+        path = run_dir / "eval" / f"{checkpoint_name(progress.step)}.json"
+        write_json_atomic(path, {"step": progress.step, **figures})
     barrier()
 
 

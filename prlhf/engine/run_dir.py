@@ -103,7 +103,6 @@ class RunDir:
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             write_text_atomic(path, "".join(line + "\n" for line in kept))
 
-
     def _remove_evaluations(self, step: int) -> None:
         for path in (self.path / "eval").glob("step-*.json"):
             if path.stem > checkpoint_name(step):

@@ -266,7 +266,7 @@ def _leak(model: Any, trees: Trees) -> float:
     """How far a position moves at most, in relative L2, when tokens before it change that are not on its path."""
     ids, positions = _draw_tokens(model, trees)
     first, responses = trees.spans[0]
-    moved = [0.0]
+    moved = []
 
     def states(token_ids: Tensor) -> Tensor:
         embeds = model.get_input_embeddings()(token_ids)
